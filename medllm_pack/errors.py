@@ -1,0 +1,114 @@
+"""Everything that can go wrong, as one tree; the command line maps it to text and an exit code.
+
+MedllmError                 1   could not be done
+├── UsageError              2   the request itself is wrong: unknown recipe, variant, style
+├── RecipeError             1   a recipe file has problems (all of them are listed)
+├── SourceError             1   a folder or hub repository cannot be read as asked
+├── CheckpointError         1   the weights are not what a LLaMA checkpoint must be
+├── AdapterError            1   the adapter cannot be applied, or not as a whole
+├── VocabularyError         1   tokenizer and weights do not fit together
+├── ImportanceError         1   an importance matrix is missing, damaged or of another model
+├── ModelfileError          1   a text would not survive the Modelfile unharmed
+├── GGUFError               1   a GGUF file breaks the format's rules
+├── PlanError               1   the build cannot start (all reasons are listed)
+├── WriteError              1   the output could not be written
+└── CheckFailedError        3   done, but a check says no
+
+A message names the thing, the fact and the next step, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class MedllmError(Exception):
+    """Base of all errors that are meant to be read by the user."""
+
+    exit_code: ClassVar[int] = 1
+
+    def lines(self) -> tuple[str, ...]:
+        """Return the message, one line a problem."""
+        return (str(self),)
+
+
+class UsageError(MedllmError):
+    """What was asked for does not exist or contradicts itself."""
+
+    exit_code = 2
+
+
+class SourceError(MedllmError):
+    """A folder or a hub repository cannot be read as asked."""
+
+
+class CheckpointError(MedllmError):
+    """The weights are not what a LLaMA checkpoint must be."""
+
+
+class AdapterError(MedllmError):
+    """The adapter cannot be applied, or not as a whole."""
+
+
+class VocabularyError(MedllmError):
+    """Tokenizer and weights do not fit together."""
+
+
+class ImportanceError(MedllmError):
+    """An importance matrix is missing, damaged or of another model."""
+
+
+class ModelfileError(MedllmError):
+    """A text would not survive the Modelfile unharmed."""
+
+
+class GGUFError(MedllmError):
+    """A GGUF file breaks the format's rules."""
+
+
+class WriteError(MedllmError):
+    """The output could not be written."""
+
+
+class CheckFailedError(MedllmError):
+    """The work was done, but a check says no."""
+
+    exit_code = 3
+
+
+class ProblemsError(MedllmError):
+    """Several problems of one thing, found in one go.
+
+    Args:
+        subject: what the problems belong to, such as a recipe's path.
+        problems: one full sentence each; at least one.
+    """
+
+    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+        self.subject = subject
+        self.problems = tuple(problems)
+        super().__init__(f"{subject}: {'; '.join(self.problems)}")
+
+    def lines(self) -> tuple[str, ...]:
+        """Return each problem as its own line, headed by the subject."""
+        return tuple(f"{self.subject}: {problem}" for problem in self.problems)
+
+
+class RecipeError(ProblemsError):
+    """A recipe file has problems."""
+
+
+class PlanError(ProblemsError):
+    """The build cannot start."""
+
+
+def shown(text: object) -> str:
+    r"""Quote foreign text for a message, with control and invisible characters escaped.
+
+    >>> shown("model\x1b[31m")
+    "'model\\x1b[31m'"
+    """
+    # repr() escapes what str.isprintable() refuses: control characters, bidirectional
+    # overrides, line separators. A terminal must not be driven by a tensor's name.
+    return repr(str(text))

@@ -1,0 +1,177 @@
+"""Files that are either whole or absent: digests, write-beside-then-rename, folders likewise.
+
+Knows nothing of models. What it promises: on a local file system that journals metadata, a name
+appears only after its bytes were synced, and a process that dies at any moment leaves at most a
+hidden partial folder, which the next run with the same target removes. POSIX promises nothing
+about power loss beyond what fsync confirms; the digests in a pack are the second net.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medllm_pack.errors import SourceError, WriteError, shown
+
+_HASH_CHUNK = 4 << 20  # bytes; the size cannot change the digest
+_LOCK_NAME = ".lock"
+
+
+def sha256(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file's bytes as 64 lower-case hex digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_HASH_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            if advance is not None:
+                advance(n)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return ``value`` as JSON with sorted keys, UTF-8 text and one trailing newline."""
+    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_small(path: Path, *, limit: int = 16 << 20) -> bytes:
+    """Return the bytes of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        SourceError: if it is missing, unreadable, not a regular file, or larger.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO for reading must not hang.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{shown(path.name)} cannot be read: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{shown(path.name)} is not a regular file")
+        if status.st_size > limit:
+            raise SourceError(
+                f"{shown(path.name)} has {status.st_size} bytes; at most {limit} are accepted"
+            )
+        return file.read(limit + 1)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a new UTF-8 text file inside a folder that is not yet visible."""
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names inside a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def disk_free(path: Path) -> int:
+    """Return the bytes a user may still write where ``path`` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing into a WriteError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "free some space or choose another place with --out",
+            errno.EDQUOT: "your quota is used up; choose another place with --out",
+            errno.EFBIG: "the file system or a limit allows no larger file; choose another --out",
+            errno.EACCES: "you may not write there; choose another place with --out",
+            errno.EROFS: "it is mounted read-only; choose another place with --out",
+        }.get(error.errno or 0, "nothing was kept; try again or choose another place with --out")
+        fact = error.strerror or str(error)
+        raise WriteError(f"{shown(path)} cannot be written: {fact}; {hint}") from error
+
+
+@contextmanager
+def new_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target`` that takes its name when the block ends well.
+
+    Everything inside must have been synced by who wrote it. If the block raises, the hidden
+    folder is removed and ``target`` is as it was. Partial folders that a killed run left behind
+    are removed first; those of a run that is still alive are not touched.
+
+    Raises:
+        WriteError: if ``target`` exists and ``replace`` is false, or the disk says no.
+    """
+    with translated(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        partial = target.parent / f"{_prefix(target)}{secrets.token_hex(4)}"
+        partial.mkdir()
+        lock = os.open(partial / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield partial
+        with translated(target):
+            (partial / _LOCK_NAME).unlink()
+            sync_folder(partial)
+            _take_name(partial, target, replace=replace)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _take_name(partial: Path, target: Path, *, replace: bool) -> None:
+    if not target.exists():
+        os.rename(partial, target)  # an empty folder that appeared meanwhile may be replaced
+    elif not replace:
+        raise WriteError(f"{shown(target)} exists; --force replaces it, --out writes elsewhere")
+    else:
+        # Two renames: a reader sees the old pack, for an instant none, then the new one.
+        old = target.parent / f"{_prefix(target)}old-{secrets.token_hex(4)}"
+        os.rename(target, old)
+        os.rename(partial, target)
+        shutil.rmtree(old)
+    sync_folder(target.parent)
+
+
+def _remove_stale(target: Path) -> None:
+    for path in target.parent.glob(f"{_prefix(target)}*"):
+        if _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Say whether no living process holds the lock of a partial folder."""
+    try:
+        lock = os.open(partial / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True  # killed before it took its lock, or in the last step
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True

@@ -1,0 +1,1 @@
+"""The GGUF side: names, metadata, vocabulary, layout, strict reader."""

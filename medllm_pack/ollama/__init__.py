@@ -1,0 +1,1 @@
+"""Ollama: Modelfile styles and names."""

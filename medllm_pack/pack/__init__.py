@@ -1,0 +1,1 @@
+"""The main job: plan, build, and the papers of a pack."""

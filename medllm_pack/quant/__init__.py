@@ -1,0 +1,1 @@
+"""Quantization: the choice of types and the bytes of each block."""

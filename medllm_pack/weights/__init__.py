@@ -1,0 +1,1 @@
+"""Reading: checkpoints, adapters, and where they come from."""
