@@ -1,0 +1,48 @@
+"""The one rounding: values of a checkpoint to F16, and the refusal of what F16 cannot hold.
+
+Knows nothing of adapters or files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medllm_pack.errors import CheckpointError, shown
+from medllm_pack.weights.safetensors import Rows, Values
+
+HALF_MAX = 65504.0
+
+
+def to_half(values: Values, rows: Rows) -> NDArray[np.float16]:
+    """Round values once to F16, to the nearest, ties to even.
+
+    Raises:
+        CheckpointError: if a value is not finite or overflows, naming the tensor.
+    """
+    with np.errstate(over="ignore"):
+        halves = np.ascontiguousarray(values, dtype=np.float16)
+    exponents = halves.view(np.uint16) & np.uint16(0x7C00)
+    if (exponents == 0x7C00).any():
+        largest = float(np.abs(finite(values, rows)).max())
+        raise CheckpointError(
+            f"tensor {shown(rows.spec.name)} holds {largest:.6g}, which overflows F16 (largest "
+            f"{HALF_MAX:.0f}); it cannot be packed in 16 bits"
+        )
+    return halves
+
+
+def finite(values: Values, rows: Rows) -> Values:
+    """Return the values if all are finite.
+
+    Raises:
+        CheckpointError: if not, naming the tensor and the row.
+    """
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row = rows.start + int(np.argwhere(bad)[0][0])
+        raise CheckpointError(
+            f"tensor {shown(rows.spec.name)} holds NaN or infinity (row {row}); the training or "
+            "the file is damaged"
+        )
+    return values

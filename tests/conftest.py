@@ -1,0 +1,54 @@
+"""Fixtures: pico models, their tokenizer, and the means to build and to run llama.cpp."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import pico
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SentencePiece model of 320 pieces with LLaMA-2's conventions."""
+    return pico.train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
+    """A LLaMA-2-like checkpoint of two blocks in F16."""
+    return pico.write_model(tmp_path_factory.mktemp("llama") / "m", pico.LLAMA, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
+    """A Mistral-like checkpoint of two blocks with grouped heads in BF16."""
+    folder = tmp_path_factory.mktemp("mistral") / "m"
+    return pico.write_model(folder, pico.MISTRAL, dtype="BF16", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def llama_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the LLaMA-2-like checkpoint."""
+    return pico.write_adapter(tmp_path_factory.mktemp("lora") / "a", pico.LLAMA)
+
+
+@pytest.fixture(scope="session")
+def mistral_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the Mistral-like checkpoint."""
+    return pico.write_adapter(tmp_path_factory.mktemp("lora") / "b", pico.MISTRAL)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in a folder of its own, without the user's settings and offline."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("MEDLLM_", "HF_", "HUGGINGFACE_", "OLLAMA_")) and name not in (
+            "MEDLLM_TEST_LARGE",
+            "MEDLLM_LLAMA_CPP",
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

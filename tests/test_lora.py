@@ -1,0 +1,313 @@
+"""The merge, against PEFT and against exact arithmetic; and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from medllm_pack.errors import AdapterError
+from medllm_pack.weights.half import to_half
+from medllm_pack.weights.lora import Adapter, Merged, add_low_rank, parse_config
+from medllm_pack.weights.safetensors import Checkpoint
+from tests import pico
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir()}
+
+
+def merged(model: Path, adapter: Path) -> Merged:
+    return Merged(Checkpoint.open(files_of(model)), Adapter.open(files_of(adapter)))
+
+
+def halves(source: Merged) -> dict[str, NDArray[np.float16]]:
+    """Return every matrix as the build rounds it."""
+    result = {}
+    for name, spec in source.tensors.items():
+        if len(spec.shape) == 2:
+            rows = source.read(name, 0, spec.rows)
+            result[name] = to_half(source.values(rows), rows)
+    return result
+
+
+def peft_merged(model: Path, adapter: Path, dtype: str) -> dict[str, Any]:
+    """Return the state dict after PEFT's own merge."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    result = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return dict(result.state_dict())
+
+
+def ulps(a: NDArray[np.float16], b: NDArray[np.float16]) -> NDArray[np.int64]:
+    """Return how many F16 steps lie between two arrays."""
+
+    def ordered(x: NDArray[np.float16]) -> NDArray[np.int64]:
+        bits = x.view(np.int16).astype(np.int64)
+        return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    steps: NDArray[np.int64] = np.abs(ordered(a) - ordered(b))
+    return steps
+
+
+def exact(model: Path, adapter: Path, name: str, scale: float) -> NDArray[np.longdouble]:
+    """Return W + scale·(B·A) in extended precision, from the files themselves."""
+    from safetensors.torch import load_file
+
+    weight = load_file(model / "model.safetensors")[name].double().numpy()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    a, b = (tensors[f"{module}.lora_{side}.weight"].double().numpy() for side in "AB")
+    wide = (b.astype(np.longdouble), a.astype(np.longdouble))
+    total: NDArray[np.longdouble] = weight + np.longdouble(scale) * (wide[0] @ wide[1])
+    return total
+
+
+CASES = [
+    (pico.LLAMA, "F16", "float16"),
+    (pico.LLAMA, "F32", "float32"),
+    (pico.MISTRAL, "BF16", "float32"),
+    (pico.MISTRAL, "F16", "float16"),
+]
+
+
+@pytest.mark.parametrize(("shape", "stored", "loaded"), CASES)
+def test_merge_equals_pefts_within_one_step_and_is_the_closer(
+    tmp_path: Path, tokenizer: bytes, shape: pico.Pico, stored: str, loaded: str
+) -> None:
+    model = pico.write_model(tmp_path / "m", shape, dtype=stored, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    source = merged(model, adapter)
+    reference = peft_merged(model, adapter, loaded)
+    targets = set(source.adapter.pairs)
+    assert len(targets) == 2 * shape.layers
+    for name, ours in halves(source).items():
+        theirs = reference[name].half().numpy()
+        steps = ulps(ours, theirs)
+        if name not in targets:
+            np.testing.assert_array_equal(ours, theirs)
+            continue
+        assert steps.max() <= 1
+        true = exact(model, adapter, name, 2.0)
+        differ = steps > 0
+        ours_off = np.abs(ours[differ].astype(np.longdouble) - true[differ])
+        theirs_off = np.abs(theirs[differ].astype(np.longdouble) - true[differ])
+        assert (ours_off <= theirs_off).all()
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("shape", [pico.LLAMA, pico.MISTRAL])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_merged_tensor_is_the_exact_sum_rounded_once(
+    tmp_path: Path, shape: pico.Pico, stored: str, shards: int
+) -> None:
+    single = pico.write_model(tmp_path / "one", shape, dtype=stored)
+    model = pico.write_model(tmp_path / "m", shape, dtype=stored, shards=shards)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    source = merged(model, adapter)
+    ours = halves(source)
+    for name in source.adapter.pairs:
+        true = exact(single, adapter, name, 2.0)
+        np.testing.assert_array_equal(ours[name], true.astype(np.float64).astype(np.float16))
+
+
+def test_sum_is_rounded_to_nearest_with_ties_to_even() -> None:
+    """Every sum that lies exactly between two halves goes to the even one."""
+    low = np.arange(0x3C00, 0x3C80, dtype=np.uint16).view(np.float16)
+    step = Fraction(1, 1024)
+    weight = low.reshape(1, -1)
+    a = np.ones((1, weight.shape[1]))
+    total = add_low_rank(weight, a, np.full((1, 1), float(step / 2)), 1.0)
+    rounded = total.astype(np.float16).view(np.uint16)[0]
+    expected = [
+        bits if bits % 2 == 0 else bits + 1 for bits in low.view(np.uint16).astype(int).tolist()
+    ]
+    assert rounded.tolist() == expected
+
+
+def test_rounding_happens_once_not_by_way_of_float32() -> None:
+    """A value that two roundings push over a tie: float64 -> F16 must not stop at F32."""
+    tie = 1.0 + 2.0**-11  # between 1 and the next half
+    value = tie - 2.0**-40  # below the tie; in float32 it becomes the tie, then 1 + 2**-10 or 1
+    above = (1.0 + 2.0**-10) + 2.0**-11 - 2.0**-40  # here two roundings would go up to even
+    weight = np.zeros((1, 2), dtype=np.float32)
+    total = add_low_rank(weight, np.array([[value, above]]), np.ones((1, 1)), 1.0)
+    assert total.astype(np.float16).tolist() == [[1.0, 1.0 + 2.0**-10]]
+    assert total.astype(np.float32).astype(np.float16)[0, 1] == np.float16(1.0 + 2.0**-9)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 256])
+def test_merge_is_the_same_in_any_blocks_of_rows(
+    llama_folder: Path, llama_adapter: Path, rows: int
+) -> None:
+    source = merged(llama_folder, llama_adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole = source.values(source.read(name, 0, 256))
+    parts = [
+        source.values(source.read(name, top, min(top + rows, 256))) for top in range(0, 256, rows)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"lora_alpha": 5},
+        {"rank_pattern": {"v_proj": 4}},
+        {"alpha_pattern": {"layers.1.self_attn.q_proj": 64}},
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
+        {"target_modules": ["gate_proj", "lm_head"]},
+        {"fan_in_fan_out": True},
+    ],
+    ids=lambda changes: next(iter(changes)) + "=" + str(next(iter(changes.values()))),
+)
+def test_adapter_made_by_peft_merges_as_peft_merges_it(
+    tmp_path: Path, llama_folder: Path, changes: dict[str, Any]
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    wanted: dict[str, Any] = {
+        "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    with _peft_warnings():
+        model = get_peft_model(base, LoraConfig(**(wanted | changes)))
+        for index, parameter in enumerate(p for n, p in model.named_parameters() if "lora_" in n):
+            parameter.data = torch.from_numpy(pico.ramp(tuple(parameter.shape), 500 + index))
+        # peft would look for the base on the Hub to see whether the vocabulary grew
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+        reference = dict(model.merge_and_unload().state_dict())
+    source = merged(llama_folder, tmp_path / "a")
+    assert source.adapter.n_tensors == 2 * len(source.adapter.pairs)
+    changed = 0
+    for name, ours in halves(source).items():
+        theirs = reference[name].half().numpy()
+        assert ulps(ours, theirs).max() <= 1
+        changed += name in source.adapter.pairs
+    assert changed == len(source.adapter.pairs) > 0
+
+
+def _peft_warnings() -> Any:
+    import warnings
+
+    caught = warnings.catch_warnings()
+    caught.__enter__()
+    warnings.simplefilter("ignore")
+
+    class _Context:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *exc: object) -> None:
+            caught.__exit__(None, None, None)
+
+    return _Context()
+
+
+REFUSED: dict[str, Mapping[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "biases": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "single tokens": {"trainable_token_indices": [3]},
+    "replicates": {"layer_replication": [[0, 2]]},
+    "target_parameters": {"target_parameters": ["experts.w"]},
+    "rewrites the base": {"init_lora_weights": "pissa"},
+    "rewrites the base weights": {"init_lora_weights": "olora"},
+    "LoftQ": {"loftq_config": {"loftq_bits": 4}},
+    "not known here": {"use_something_new": True},
+    "peft_type": {"peft_type": "IA3"},
+    "ranks from": {"r": 100000},
+    "lora_alpha": {"lora_alpha": "16"},
+    "not a finite number": {"lora_alpha": float("inf")},
+    "plain name": {"rank_pattern": {r".*\.q_proj": 4}},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_merged_is_refused_by_name(reason: str) -> None:
+    with pytest.raises(AdapterError, match=reason):
+        parse_config(pico.adapter_config(**REFUSED[reason]))
+
+
+def broken(tmp_path: Path, change: str) -> Path:
+    """Write an adapter with one fault."""
+    tensors = pico.adapter_tensors(pico.LLAMA)
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    match change:
+        case "no B":
+            del tensors[f"{first}B.weight"]
+        case "rank":
+            tensors[f"{first}A.weight"] = pico.ramp((4, 256), 1)
+            tensors[f"{first}B.weight"] = pico.ramp((256, 4), 2)
+        case "ranks differ":
+            tensors[f"{first}A.weight"] = pico.ramp((4, 256), 1)
+        case "width":
+            tensors[f"{first}A.weight"] = pico.ramp((8, 512), 1)
+        case "other model":
+            for side, size in (("A", (8, 256)), ("B", (256, 8))):
+                name = f"base_model.model.model.layers.40.self_attn.q_proj.lora_{side}.weight"
+                tensors[name] = pico.ramp(size, 3)
+        case "embedding":
+            tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = pico.ramp((8, 320), 4)
+        case "magnitude":
+            tensors[f"{first}magnitude_vector"] = pico.ramp((256,), 5)
+        case "hole":
+            for side in "AB":
+                del tensors[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight"]
+        case "no target":
+            tensors = {name: value for name, value in tensors.items() if "v_proj" not in name}
+        case "NaN":
+            tensors[f"{first}A.weight"][0, 0] = np.nan
+    return pico.write_adapter(tmp_path / change, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no B", "layers.0.self_attn.q_proj' has no lora_B"),
+        ("rank", "has rank 4, its configuration says 8"),
+        ("ranks differ", "A has rank 4, B has rank 8"),
+        ("width", r"shape \(256, 512\), the base has \(256, 256\)"),
+        ("other model", "layers.40.self_attn.q_proj' is not in the base model .2 layers."),
+        ("embedding", "lora_embedding_A"),
+        ("magnitude", "magnitude_vector"),
+        ("hole", "no tensors for 'model.layers.1.self_attn.v_proj'"),
+        ("no target", "names the target 'v_proj'"),
+        ("NaN", "NaN or infinity"),
+    ],
+)
+def test_adapter_that_does_not_fit_names_the_tensor(
+    tmp_path: Path, llama_folder: Path, change: str, message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        halves(merged(llama_folder, broken(tmp_path, change)))
+
+
+def test_adapter_for_some_layers_only_is_no_hole(tmp_path: Path, llama_folder: Path) -> None:
+    tensors = {k: v for k, v in pico.adapter_tensors(pico.LLAMA).items() if "layers.1." in k}
+    config = pico.adapter_config(layers_to_transform=[1])
+    source = merged(
+        llama_folder, pico.write_adapter(tmp_path / "a", config=config, tensors=tensors)
+    )
+    assert sorted(source.adapter.pairs) == [
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.v_proj.weight",
+    ]
+
+
+def test_missing_adapter_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(pico.adapter_config()))
+    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+        Adapter.open(files_of(tmp_path))
