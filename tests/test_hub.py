@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ REPO = "org/model"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKEN = "hf_canaryCanaryCanaryCanary"
-HURRIED = Patience(tries=4, first_wait_s=0.0, longest_wait_s=0.0, stall_s=0.5)
-QUICK = Patience(tries=2, first_wait_s=0.0, longest_wait_s=0.0, stall_s=5.0)
+QUICK = Patience(tries=4, first_wait_s=0.0, longest_wait_s=0.0, stall_s=10.0)
+TWICE = replace(QUICK, tries=2)
+HASTY = replace(QUICK, stall_s=0.5)
 
 
 def ramp(n: int, salt: int = 0) -> bytes:
@@ -122,7 +123,7 @@ Get = Callable[..., LocalCopy]
 @pytest.fixture
 def get(server: FakeHub, cache: Path) -> Get:
     def get(text: str = REPO, *, role: Role = "base", **options: Any) -> LocalCopy:
-        options = {"report": Silent(), "patience": HURRIED, **options}
+        options = {"report": Silent(), "patience": QUICK, **options}
         return fetch(
             parse_source(text), role=role, cache=cache, endpoint=server.endpoint, **options
         )
@@ -366,6 +367,8 @@ def test_a_download_is_pinned_needed_and_verified(server: FakeHub, get: Get, cac
     assert copy.files["tokenizer.model"].sha256 == sha256(MODEL["tokenizer.model"])
     assert copy.files["config.json"].sha256 is None
     assert {r.name for r in server.requests if r.name} == NEEDED
+    # Compressed on the way, the bytes of a range would not be the bytes of the file.
+    assert {r.headers["accept-encoding"] for r in server.requests if r.name} == {"identity"}
     assert [r.path for r in server.requests if "/main" in r.path] == [
         f"/api/models/{REPO}/revision/main?blobs=true"
     ]
@@ -554,6 +557,16 @@ def test_a_damaged_small_file_in_the_cache_is_not_believed(
     assert get().files[name].path.read_bytes() == MODEL[name]
 
 
+def test_a_damaged_index_in_a_cache_without_links_is_not_believed(
+    server: FakeHub, get: Get
+) -> None:
+    server.repository(REPO).commit(sharded())
+    index = get().folder / INDEX
+    index.unlink()
+    index.write_bytes(b"{")
+    assert get().files[INDEX].path.read_bytes() == sharded()[INDEX]
+
+
 def test_cached_weights_of_another_size_are_not_believed(get: Get) -> None:
     path = get().files[WEIGHTS].path
     os.truncate(path, 5)
@@ -651,6 +664,26 @@ def test_two_downloads_end_right_where_locks_do_nothing(
     assert not partial_files(cache)
 
 
+def test_who_waited_starts_again_if_the_other_one_failed(server: FakeHub, get: Get) -> None:
+    get(weights=False)
+    server.faults.wrong_bytes, server.faults.seconds_per_chunk = {WEIGHTS}, 0.02
+    failed: list[str] = []
+
+    def fail() -> None:
+        with pytest.raises(SourceError, match="arrived with the digest"):
+            get()
+        failed.append(WEIGHTS)
+
+    other = threading.Thread(target=fail)
+    other.start()
+    wait_for(lambda: server.sent(WEIGHTS) > 0)
+    server.faults.wrong_bytes, report = set(), Recorded()
+    assert get(report=report).files[WEIGHTS].path.read_bytes() == MODEL[WEIGHTS]
+    other.join()
+    assert failed
+    assert report.notices == [f"waiting: another process downloads '{WEIGHTS}'"]
+
+
 def test_the_lock_of_a_killed_process_is_not_waited_for(
     server: FakeHub, get: Get, cache: Path
 ) -> None:
@@ -734,18 +767,16 @@ def test_a_stalled_connection_is_given_up_and_continued(server: FakeHub, get: Ge
     get(weights=False)
     server.faults.stall_after = [300_000]
     start = time.monotonic()
-    assert get().files[WEIGHTS].path.read_bytes() == MODEL[WEIGHTS]
-    assert time.monotonic() - start < 5
+    assert get(patience=HASTY).files[WEIGHTS].path.read_bytes() == MODEL[WEIGHTS]
+    assert time.monotonic() - start < 15  # the server would have been silent for longer
     assert [r.start for r in server.downloads(WEIGHTS)] == [0, 300_000]
 
 
 def test_trying_ends_and_the_next_run_continues(server: FakeHub, get: Get, cache: Path) -> None:
     get(weights=False)
     server.faults.cut_after = [100_000, 0, 0]
-    with pytest.raises(
-        SourceError, match=r"stops at byte 100,000 of 1,048,576 .*again to continue"
-    ):
-        get(patience=QUICK)
+    with pytest.raises(SourceError, match=r"byte 100,000 of 1,048,576 .*again to continue"):
+        get(patience=TWICE)
     assert [path.stat().st_size for path in partial_files(cache)] == [100_000]
     server.faults.cut_after = []
     assert get().files[WEIGHTS].path.read_bytes() == MODEL[WEIGHTS]
@@ -765,7 +796,7 @@ def test_the_server_may_ask_for_a_pause(server: FakeHub, get: Get) -> None:
     server.faults.api_errors, server.faults.retry_after = [429], "1"
     start = time.monotonic()
     get(patience=Patience(first_wait_s=0.0))
-    assert 1 <= time.monotonic() - start < 3
+    assert time.monotonic() - start >= 1
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", WEIGHTS])
@@ -828,7 +859,7 @@ def test_a_new_commit_is_not_continued_from_the_old_one(
     get(weights=False)
     server.faults.cut_after = [100_000, 0]
     with pytest.raises(SourceError, match="100,000"):
-        get(patience=QUICK)
+        get(patience=TWICE)
     new = ramp(1 << 20, salt=5)
     server.repository(REPO).commit({**MODEL, WEIGHTS: new})
     assert get().files[WEIGHTS].path.read_bytes() == new
@@ -933,7 +964,7 @@ def test_no_error_shows_a_token_or_a_signed_address(
         for name, value in fault.items():
             monkeypatch.setattr(server.faults, name, value)
         with pytest.raises(MedllmError) as raised:
-            get(patience=QUICK if "stall_after" not in fault else HURRIED)
+            get(patience=HASTY if "stall_after" in fault else TWICE)
         text = str(raised.value)
         assert TOKEN not in text
         assert "sig=" not in text
