@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medllm_pack.parity.llamacpp import Model
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,15 +52,6 @@ def quantize(
         raise RuntimeError(f"llama_model_quantize returned {result['rc']}")
 
 
-class _ImatrixEntry(ctypes.Structure):
-    # struct llama_model_imatrix_data of llama.h
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("data", ctypes.POINTER(ctypes.c_float)),
-        ("size", ctypes.c_size_t),
-    )
-
-
 def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp
 
@@ -68,13 +61,13 @@ def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
     params.only_copy = arguments["only_copy"]
     keep: list[Any] = []
     if arguments["imatrix"]:
-        entries = (_ImatrixEntry * (len(arguments["imatrix"]) + 1))()
+        entries = (llama_cpp.llama_model_imatrix_data * (len(arguments["imatrix"]) + 1))()
         for entry, (name, values) in zip(entries, arguments["imatrix"].items(), strict=False):
             data = (ctypes.c_float * len(values))(*values)
             keep.append(data)
             entry.name, entry.data, entry.size = name.encode(), data, len(values)
         keep.append(entries)
-        params.imatrix = ctypes.cast(entries, ctypes.c_void_p)
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     rc = llama_cpp.llama_model_quantize(
         arguments["source"].encode(), arguments["target"].encode(), ctypes.byref(params)
     )
@@ -82,35 +75,23 @@ def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generate(arguments: dict[str, Any]) -> dict[str, Any]:
-    from llama_cpp import Llama
-
-    model = Llama(arguments["model"], n_ctx=256, n_threads=2, verbose=False, seed=1)
-    texts = []
-    for prompt in arguments["prompts"]:
-        model.reset()
-        result: Any = model.create_completion(
-            prompt, max_tokens=arguments["tokens"], temperature=0.0
-        )
-        texts.append(result["choices"][0]["text"])
-    return {"texts": texts, "metadata": model.metadata}
+    texts = {}
+    for path in arguments["models"]:
+        with Model(Path(path)) as model:
+            texts[path] = [model.write(p, tokens=arguments["tokens"]) for p in arguments["prompts"]]
+    return texts
 
 
 def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
-    from llama_cpp import Llama
-
-    model = Llama(arguments["model"], vocab_only=True, verbose=False)
-    return {
-        "ids": [model.tokenize(t.encode(), add_bos=True, special=False) for t in arguments["texts"]]
-    }
+    with Model(Path(arguments["model"])) as model:
+        return {"ids": [model.tokenize(text) for text in arguments["texts"]]}
 
 
 def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
-    from llama_cpp import Llama
 
-    model = Llama(arguments["model"], n_ctx=256, n_threads=2, verbose=False, logits_all=True)
-    model.eval(arguments["ids"])
-    scores = np.array(model.scores[: len(arguments["ids"])], dtype=np.float32)
+    with Model(Path(arguments["model"])) as model:
+        scores = model.logits(arguments["ids"])
     np.save(arguments["target"], scores)
     return {"shape": list(scores.shape)}
 

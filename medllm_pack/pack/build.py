@@ -1,0 +1,272 @@
+"""The build: one pass over the weights, every variant written on the way.
+
+Blocks of rows are read in the order of the input files, so that every byte is read and hashed
+once. Each block gets the adapter, is rounded once to F16, and the same block goes to every variant
+at its planned offset. Reading is one thread's work; arithmetic and writing are the pool's.
+
+Memory: a few blocks, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medllm_pack import files
+from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
+from medllm_pack.gguf import llama
+from medllm_pack.gguf.layout import Layout, Slot
+from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.pack import card, manifest
+from medllm_pack.pack.plan import Plan, PlannedFile
+from medllm_pack.progress import Reporter, Silent
+from medllm_pack.quant import ggml
+from medllm_pack.weights.half import finite, to_half
+from medllm_pack.weights.lora import Merged
+from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
+
+BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
+
+Source = Checkpoint | Merged
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished pack.
+
+    Attributes:
+        folder: where it is.
+        manifest: the content of pack.json.
+    """
+
+    folder: Path
+    manifest: manifest.Document
+
+
+def build(plan: Plan, *, threads: int | None = None, report: Reporter | None = None) -> Built:
+    """Build a pack.
+
+    Args:
+        plan: from :func:`~medllm_pack.pack.plan.make_plan`, with all weights at hand.
+        threads: blocks worked on at once; the number of processors this process may use if None.
+            The bytes do not depend on it.
+        report: listener.
+
+    Raises:
+        CheckpointError: if a weight is NaN, infinite or too large for F16, or an input changed.
+        WriteError: if the output could not be written; nothing is left behind.
+    """
+    report = report or Silent()
+    threads = threads or len(os.sched_getaffinity(0))
+    out = plan.request.out
+    with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):
+        inputs = _stream(plan, folder, threads=threads, report=report)
+        _compare_with_hub(plan, inputs)
+        digests = _read_back(plan, folder, threads=threads, report=report)
+        document = manifest.describe(plan, inputs=inputs, digests=digests)
+        _write_papers(plan, folder, document, digests)
+    return Built(out, document)
+
+
+class _Output:
+    """A GGUF file being filled: preallocated, then written at planned offsets by any thread."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.layout = layout
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            # A disk that is too small says so now. The padding between tensors stays zero.
+            os.posix_fallocate(self.fd, 0, layout.size)
+            self.write(0, layout.header)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, offset: int, data: bytes | NDArray[np.uint8]) -> None:
+        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
+        while view:
+            n = os.pwrite(self.fd, view, offset)
+            view, offset = view[n:], offset + n
+
+    def sync(self) -> None:
+        os.fsync(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where the rows of one tensor go in one file."""
+
+    output: _Output
+    slot: Slot
+    importance: NDArray[np.float32] | None
+
+    def put(self, start: int, halves: NDArray[np.float16], wide: NDArray[np.float32]) -> None:
+        """Write rows from ``start`` on; ``wide`` holds the same values as ``halves``."""
+        if self.slot.type == "F16":
+            data = halves.view(np.uint8).reshape(-1)
+        elif self.slot.type == "F32":
+            data = wide.view(np.uint8).reshape(-1)
+        else:
+            data = ggml.quantize(wide, self.slot.type, importance=self.importance)
+        self.output.write(self.slot.offset + start * self.slot.row_bytes, data)
+
+
+class _Converter:
+    """What is done to a block of rows between reading and writing. Used by many threads."""
+
+    def __init__(self, plan: Plan, source: Source, outputs: Mapping[str, _Output]) -> None:
+        self.source = source
+        self.head_dim = plan.config.head_dim
+        self.tensors = {tensor.source: tensor for tensor in llama.tensors(plan.config)}
+        weights = plan.importance.weights if plan.importance else {}
+        self.targets = {
+            tensor.source: tuple(
+                _Target(output, output.layout.by_name[tensor.name], weights.get(tensor.name))
+                for output in outputs.values()
+            )
+            for tensor in self.tensors.values()
+        }
+
+    def __call__(self, rows: Rows) -> int:
+        """Convert and write a block; return the bytes that were read for it."""
+        tensor = self.tensors.get(rows.spec.name)
+        if tensor is not None:
+            values = self.source.values(rows)
+            if len(tensor.shape) == 1:
+                self._put_vector(rows, values)
+            else:
+                self._put_matrix(rows, values, tensor)
+        return rows.data.size
+
+    def _put_vector(self, rows: Rows, values: Values) -> None:
+        # llama.cpp keeps norms in F32, whatever the file's type.
+        exact = finite(values, rows).astype(np.float32)
+        for target in self.targets[rows.spec.name]:
+            target.output.write(target.slot.offset, exact.view(np.uint8).reshape(-1))
+
+    def _put_matrix(self, rows: Rows, values: Values, tensor: llama.Tensor) -> None:
+        halves = to_half(values, rows)
+        if tensor.heads is not None:
+            halves = llama.interleave(halves, self.head_dim)
+        # llama.cpp quantizes from the F16 file: the rounding to F16 must come first here too.
+        wide = halves.astype(np.float32)
+        for target in self.targets[rows.spec.name]:
+            target.put(rows.start, halves, wide)
+
+
+def memory_bytes(threads: int) -> int:
+    """Return the memory a build needs at its peak, roughly: interpreter and blocks in flight."""
+    # Raw rows, F16, F32 and, while merging, three strips of float64: measured in docs/log.md.
+    return (120 << 20) + (threads + 2) * BLOCK_WEIGHTS * 24
+
+
+def _stream(
+    plan: Plan, folder: Path, *, threads: int, report: Reporter
+) -> dict[str, tuple[int, str]]:
+    """Fill all outputs; return size and digest of every weight file that was read."""
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(plan.inputs.open()))
+        outputs = {
+            file.file: stack.enter_context(closing(_Output(folder / file.file, file.layout)))
+            for file in plan.files
+        }
+        specs = list(source.tensors.values())
+        report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
+        blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
+        _in_parallel(_Converter(plan, source, outputs), blocks, threads=threads, report=report)
+        digests = source.digests()
+        report.step("syncing")
+        for output in outputs.values():
+            output.sync()
+    return digests
+
+
+def _compare_with_hub(plan: Plan, inputs: Mapping[str, tuple[int, str]]) -> None:
+    """Refuse weights of which the Hub states another digest than was read."""
+    for copy in (plan.inputs.model, plan.inputs.adapter):
+        for file in copy.files.values() if copy else ():
+            if file.sha256 and file.name in inputs and inputs[file.name][1] != file.sha256:
+                raise CheckpointError(
+                    f"{shown(file.name)} in the cache is not what {shown(copy and copy.source)} "
+                    f"holds (SHA-256 {inputs[file.name][1][:12]}…, stated {file.sha256[:12]}…); "
+                    f"delete {shown(file.path)} and build again"
+                )
+
+
+def _blocks(source: Source, specs: Sequence[TensorSpec], *, head_dim: int) -> Iterator[Rows]:
+    """Read every tensor in the order of the files, in blocks of rows that hold whole heads."""
+    for spec in specs:
+        step = max(BLOCK_WEIGHTS // spec.shape[-1] // head_dim, 1) * head_dim
+        for start in range(0, spec.rows, step):
+            yield source.read(spec.name, start, min(start + step, spec.rows))
+
+
+def _in_parallel(
+    work: Callable[[Rows], int], blocks: Iterator[Rows], *, threads: int, report: Reporter
+) -> None:
+    """Run ``work`` over all blocks, at most ``threads`` + 1 of them in memory."""
+    pending: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="block") as pool:
+        try:
+            for rows in blocks:
+                pending.append(pool.submit(work, rows))
+                while len(pending) > threads or (pending and pending[0].done()):
+                    report.advance(pending.popleft().result())
+            while pending:
+                report.advance(pending.popleft().result())
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _read_back(
+    plan: Plan, folder: Path, *, threads: int, report: Reporter
+) -> dict[str, tuple[int, str]]:
+    """Read what the disk holds now: check each header, return size and digest of each file."""
+    report.step("reading back", total_bytes=plan.bytes_to_write)
+    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
+        futures = {file.file: pool.submit(_check, folder, file) for file in plan.files}
+        digests = {}
+        for file in plan.files:
+            digests[file.file] = (file.layout.size, futures[file.file].result())
+            report.advance(file.layout.size)
+    return digests
+
+
+def _check(folder: Path, file: PlannedFile) -> str:
+    try:
+        found = read_gguf(folder / file.file)
+    except GGUFError as error:
+        raise WriteError(f"{error}; the disk did not keep what was written") from error
+    if found.tensors != file.layout.slots:
+        raise WriteError(f"{file.file} does not hold the planned tensors; the disk is not reliable")
+    return files.sha256(folder / file.file)
+
+
+def _write_papers(
+    plan: Plan,
+    folder: Path,
+    document: manifest.Document,
+    digests: Mapping[str, tuple[int, str]],
+) -> None:
+    """Write everything of the pack but the weights; SHA256SUMS last."""
+    texts = {file.modelfile: plan.modelfile(file) for file in plan.files}
+    texts |= card.papers(plan, document)
+    texts["pack.json"] = files.canonical_json(document)
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
+    sums = {name: files.sha256(folder / name) for name in texts}
+    sums |= {name: digest for name, (_, digest) in digests.items()}
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    files.write_text(folder / "SHA256SUMS", "".join(lines))

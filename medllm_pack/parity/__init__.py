@@ -1,0 +1,1 @@
+"""Running what was built: llama.cpp, and later the comparison with the original."""

@@ -1,0 +1,145 @@
+"""The door to llama.cpp as a runtime: load a GGUF file, tokenize, compute logits, write greedily.
+
+Uses the C functions that llama-cpp-python exposes, on the CPU. llama.cpp may abort its process on
+a bad file: whoever runs files of others does it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medllm_pack.errors import MedllmError, shown
+
+
+class Model:
+    """A GGUF file loaded by llama.cpp, with a context of ``n_ctx`` tokens.
+
+    Raises:
+        MedllmError: if llama.cpp does not load the file.
+    """
+
+    def __init__(self, path: Path, *, n_ctx: int = 512, threads: int = 2) -> None:
+        self._api = api = _api()
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        # Repacked weights (AMX and the like) are another path through llama.cpp's kernels; with
+        # 0.3.36 it crashes on some machines. The plain path gives the same answer on all.
+        params.use_extra_bufts = False
+        self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise MedllmError(f"llama.cpp does not load {shown(path.name)}")
+        settings = api.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = api.llama_init_from_model(self._model, settings)
+        self._vocab = api.llama_model_get_vocab(self._model)
+        self.n_vocab: int = api.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx = n_ctx
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids of a text, with what the file says about BOS and EOS.
+
+        Args:
+            text: any text.
+            special: whether control tokens written in the text count as such.
+        """
+        data = text.encode("utf-8")
+        ids = (ctypes.c_int32 * (len(data) + 8))()
+        n = self._api.llama_tokenize(self._vocab, data, len(data), ids, len(ids), True, special)
+        return list(ids[:n])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, control tokens left out."""
+        pieces = b"".join(self._piece(id_) for id_ in ids)
+        return pieces.decode("utf-8", errors="replace")
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the logits after each id, shape (len(ids), n_vocab), from an empty context.
+
+        Raises:
+            MedllmError: if llama.cpp cannot compute them.
+        """
+        self._forget()
+        return self._decode(ids, start=0, every=True)
+
+    def write(self, prompt: str, *, tokens: int) -> str:
+        """Return the greedy continuation of a prompt, up to an end of text."""
+        self._forget()
+        ids = self.tokenize(prompt)
+        position, fresh, written = 0, list(ids), []
+        while len(written) < tokens and position + len(fresh) < self.n_ctx:
+            scores = self._decode(fresh, start=position, every=False)
+            position += len(fresh)
+            best = int(scores[-1].argmax())
+            if self._api.llama_vocab_is_eog(self._vocab, best):
+                break
+            written.append(best)
+            fresh = [best]
+        return self.detokenize(written)
+
+    def close(self) -> None:
+        """Free model and context."""
+        if self._model:
+            self._api.llama_free(self._context)
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _forget(self) -> None:
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+
+    def _piece(self, id_: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        n = self._api.llama_token_to_piece(self._vocab, id_, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(n, 0)]
+
+    def _decode(self, ids: Sequence[int], *, start: int, every: bool) -> NDArray[np.float32]:
+        n = len(ids)
+        batch = self._api.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, id_ in enumerate(ids):
+                batch.token[i], batch.pos[i] = id_, start + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = every or i == n - 1
+            code = self._api.llama_decode(self._context, batch)
+        finally:
+            self._api.llama_batch_free(batch)
+        if code != 0:
+            raise MedllmError(f"llama.cpp could not compute {n} tokens (code {code})")
+        rows = n if every else 1
+        pointer = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab)).copy()
+
+
+def _api() -> Any:
+    """Return llama-cpp-python's bindings, their log switched off."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_SILENT, None)
+    return llama_cpp
+
+
+def _ignore(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
+    """Take a line of llama.cpp's log and say nothing."""
+
+
+# Kept for the life of the process: llama.cpp holds the pointer.
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_ignore)

@@ -1,0 +1,434 @@
+"""The main job, end to end: bytes against llama.cpp's own, and the same bytes however it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from medllm_pack.errors import MedllmError
+from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.pack.build import Built, build
+from medllm_pack.pack.plan import Request, make_plan
+from medllm_pack.progress import Silent
+from medllm_pack.quant.mixes import load_mix, mix_names
+from medllm_pack.recipe import load_recipe
+from tests import llama_worker, pico
+
+# Sixteen blocks reach every branch of the mixes (n_layer/16 is the finest).
+DEEP_LLAMA = replace(pico.LLAMA, layers=16, ff=256)
+DEEP_MISTRAL = replace(pico.MISTRAL, layers=16, ff=256)
+# llama.cpp refuses these without an importance matrix.
+NEEDS_IMPORTANCE = {
+    "Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+}  # fmt: skip
+FREE = [name.upper() for name in mix_names() if name.upper() not in NEEDS_IMPORTANCE]
+
+
+def run(
+    out: Path,
+    *,
+    quants: list[str],
+    threads: int = 2,
+    imatrix: Path | None = None,
+    base: Path | None = None,
+    adapter: Path | None = None,
+    merged: Path | None = None,
+) -> Built:
+    """Build a pack of folders with the library."""
+    sources = {"base": base, "adapter": adapter, "merged": merged}
+    given = {role: path for role, path in sources.items() if path is not None}
+    recipe = pico.write_recipe(out.parent / f"recipe-{out.name}", given)
+    request = Request(
+        recipe=load_recipe(recipe), folder=recipe.parent, out=out, variants=quants, imatrix=imatrix
+    )
+    return build(make_plan(request, report=Silent()), threads=threads)
+
+
+def variant(out: Path, name: str) -> Path:
+    return out / f"Pico-{name}.gguf"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def deep(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes
+) -> Path:
+    """A pack with every variant that needs no importance matrix, of a model with 16 blocks."""
+    shape = {"llama": DEEP_LLAMA, "mistral": DEEP_MISTRAL}[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    base = pico.write_model(folder / "base", shape, tokenizer=tokenizer)
+    adapter = pico.write_adapter(folder / "adapter", shape)
+    run(folder / "pack", quants=FREE, base=base, adapter=adapter)
+    return folder / "pack"
+
+
+@pytest.mark.parametrize("name", [name for name in FREE if name != "F16"])
+def test_variant_is_byte_for_byte_what_llama_quantize_makes(
+    deep: Path, tmp_path: Path, name: str
+) -> None:
+    theirs = tmp_path / "theirs.gguf"
+    llama_worker.quantize(variant(deep, "F16"), theirs, file_type=load_mix(name).file_type)
+    assert hashlib.sha256(theirs.read_bytes()).digest() == (
+        hashlib.sha256(variant(deep, name).read_bytes()).digest()
+    )
+
+
+@pytest.mark.parametrize("name", ["F16", "F32", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "TQ1_0"])
+def test_file_is_a_fixed_point_of_llama_cpps_copy(deep: Path, tmp_path: Path, name: str) -> None:
+    """`ollama create` copies every GGUF like this: the digest must survive."""
+    llama_worker.quantize(variant(deep, name), tmp_path / "copy.gguf", only_copy=True)
+    assert (tmp_path / "copy.gguf").read_bytes() == variant(deep, name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (pico.LLAMA, [*sorted(NEEDS_IMPORTANCE), "Q4_K_M", "Q4_0", "Q5_0", "IQ3_M", "IQ4_NL"]),
+        (pico.MISTRAL, ["IQ3_XXS", "IQ1_S", "Q2_K_S", "Q4_K_M", "Q6_K", "IQ4_XS"]),
+    ],
+    ids=["llama", "mistral"],
+)
+def test_variants_with_importance_are_llama_quantizes(
+    tmp_path: Path, tokenizer: bytes, shape: pico.Pico, names: list[str]
+) -> None:
+    base = pico.write_model(tmp_path / "base", shape, tokenizer=tokenizer)
+    weights = importance(shape)
+    path = write_importance(tmp_path / "x.imatrix.gguf", weights)
+    run(tmp_path / "pack", quants=["F16", *names], merged=base, imatrix=path)
+    for name in names:
+        llama_worker.quantize(
+            variant(tmp_path / "pack", "F16"), tmp_path / "theirs.gguf",
+            file_type=load_mix(name).file_type,
+            imatrix={key: values.tolist() for key, values in weights.items()},
+        )  # fmt: skip
+        ours = variant(tmp_path / "pack", name).read_bytes()
+        assert (tmp_path / "theirs.gguf").read_bytes() == ours, name
+
+
+def importance(shape: pico.Pico) -> dict[str, Any]:
+    """Return a weight a column for every matrix in the blocks, as llama-imatrix makes them."""
+    from medllm_pack.gguf import llama
+
+    config = llama.parse_config(shape.config())
+    return {
+        t.name: np.abs(pico.ramp((t.shape[1],), 77 + i)) + np.float32(0.01)
+        for i, t in enumerate(llama.tensors(config))
+        if t.name.startswith("blk.") and len(t.shape) == 2
+    }
+
+
+def write_importance(path: Path, weights: dict[str, Any]) -> Path:
+    """Write an importance matrix with gguf-py, the way llama-imatrix lays it out."""
+    writer = gguf.GGUFWriter(path, "imatrix", use_temp_file=False)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["/srv/pacientes/laudos.txt"])
+    for name, values in weights.items():
+        # Sums over 2 chunks: the mean is what was put in, exactly.
+        writer.add_tensor(f"{name}.in_sum2", (values * np.float32(2)).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.array([[2.0]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_paths_in_an_importance_matrix_do_not_reach_the_pack(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    base = pico.write_model(tmp_path / "base", tokenizer=tokenizer)
+    path = write_importance(tmp_path / "paciente.gguf", importance(pico.LLAMA))
+    run(tmp_path / "pack", quants=["Q4_K_M"], merged=base, imatrix=path)
+    for file in (tmp_path / "pack").iterdir():
+        content = file.read_bytes()
+        assert b"pacientes" not in content
+        assert str(tmp_path).encode() not in content
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_bytes_do_not_depend_on_the_number_of_threads(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path, threads: int
+) -> None:
+    for place, count in (("a", 3), ("b", threads)):
+        run(
+            tmp_path / place / "pack", quants=["f16", "q4_k_m", "q8_0"], threads=count,
+            base=llama_folder, adapter=llama_adapter,
+        )  # fmt: skip
+    recipes = {"README.md", "pack.json", "SHA256SUMS"}  # the recipe's own folders stand in these
+    a, b = digests(tmp_path / "a" / "pack"), digests(tmp_path / "b" / "pack")
+    assert a == b
+    assert recipes < set(a)
+
+
+def test_bytes_do_not_depend_on_the_size_of_blocks(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in "ab":
+        run(tmp_path / place, quants=["f16", "q4_k_m"], base=llama_folder, adapter=llama_adapter)
+        monkeypatch.setattr("medllm_pack.pack.build.BLOCK_WEIGHTS", 64 * 256)
+    for name in ("F16", "Q4_K_M"):
+        assert variant(tmp_path / "a", name).read_bytes() == (
+            variant(tmp_path / "b", name).read_bytes()
+        )
+
+
+@pytest.mark.parametrize("shards", [2, 5])
+def test_output_is_unchanged_by_shard_boundaries(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path, tokenizer: bytes, shards: int
+) -> None:
+    sharded = pico.write_model(tmp_path / "elsewhere", shards=shards, tokenizer=tokenizer)
+    run(tmp_path / "a", quants=["f16", "q4_k_m"], base=llama_folder, adapter=llama_adapter)
+    run(tmp_path / "b", quants=["f16", "q4_k_m"], base=sharded, adapter=llama_adapter)
+    for name in ("F16", "Q4_K_M"):
+        assert variant(tmp_path / "a", name).read_bytes() == (
+            variant(tmp_path / "b", name).read_bytes()
+        )
+
+
+def test_pack_is_the_same_from_another_folder(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path
+) -> None:
+    for place in ("here", "elsewhere/deep"):
+        shutil.copytree(llama_folder, tmp_path / place / f"base-{place[:4]}")
+        shutil.copytree(llama_adapter, tmp_path / place / "adapter")
+    command = [sys.executable, "-m", "medllm_pack", "build", "7b", "--quant", "f16"]
+    for place in ("here", "elsewhere/deep"):
+        subprocess.run(
+            [*command, "--base", f"base-{place[:4]}", "--adapter", "adapter", "--out", "pack"],
+            cwd=tmp_path / place, check=True, capture_output=True,
+        )  # fmt: skip
+    assert digests(tmp_path / "here" / "pack") == digests(tmp_path / "elsewhere" / "deep" / "pack")
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_pack(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    shape = replace(pico.LLAMA, layers=6)
+    base = pico.write_model(tmp_path / "base", shape, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "adapter", shape)
+    recipe = pico.write_recipe(tmp_path / "recipe", {"base": base, "adapter": adapter})
+    command = [sys.executable, "-m", "medllm_pack", "build", str(recipe), "--quiet", "--out"]
+    start = time.monotonic()
+    subprocess.run([*command, "golden"], cwd=tmp_path, check=True, capture_output=True)
+    duration = time.monotonic() - start
+    moments = random.Random(20)
+    finished = 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [*command, "pack"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(moments.uniform(0.2, 1.1) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "pack").exists():  # it had ended; whatever has the name is whole
+            assert digests(tmp_path / "pack") == digests(tmp_path / "golden")
+            shutil.rmtree(tmp_path / "pack")
+            finished += 1
+    assert finished < 20
+    subprocess.run([*command, "pack"], cwd=tmp_path, check=True, capture_output=True)
+    assert digests(tmp_path / "pack") == digests(tmp_path / "golden")
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_build_cleans_up_and_says_so(
+    tmp_path: Path, tokenizer: bytes, stop: signal.Signals
+) -> None:
+    shape = replace(pico.LLAMA, layers=40)
+    base = pico.write_model(tmp_path / "base", shape, tokenizer=tokenizer)
+    recipe = pico.write_recipe(tmp_path / "recipe", {"merged": base})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medllm_pack", "build", str(recipe), "--quant=q2_k", "--out=p"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".p.partial*/*.gguf")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + stop
+    assert not list(tmp_path.glob(".p.partial*"))
+    assert not (tmp_path / "p").exists()
+    assert "Traceback" not in said
+
+
+def test_two_builds_of_one_target_end_right(tmp_path: Path, tokenizer: bytes) -> None:
+    base = pico.write_model(tmp_path / "base", tokenizer=tokenizer)
+    recipe = pico.write_recipe(tmp_path / "recipe", {"merged": base})
+    command = [sys.executable, "-m", "medllm_pack", "build", str(recipe), "--out", "p"]
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    codes = sorted(process.wait(timeout=120) for process in processes)
+    for process in processes:
+        process.communicate()
+    assert codes[0] == 0
+    assert set(codes) <= {0, 1}
+    check_sums(tmp_path / "p")
+
+
+def check_sums(pack: Path) -> None:
+    """Check SHA256SUMS with coreutils, and that it names every file."""
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=pack, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    named = {line.split("  ")[1] for line in (pack / "SHA256SUMS").read_text().splitlines()}
+    assert named == {path.name for path in pack.iterdir()} - {"SHA256SUMS"}
+
+
+def test_pack_folder_holds_what_the_design_says(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path
+) -> None:
+    built = run(tmp_path / "p", quants=["f16", "q4_k_m"], base=llama_folder, adapter=llama_adapter)
+    check_sums(built.folder)
+    text = (built.folder / "pack.json").read_text(encoding="utf-8")
+    document = json.loads(text)
+    assert text == json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    assert (
+        document["adapter"] | {"r": 8, "alpha": 16.0, "scale": 2.0, "tensors": 8}
+        == (document["adapter"])
+    )
+    roles = {entry["role"]: entry for entry in document["inputs"]}
+    for role, folder in (("base", llama_folder), ("adapter", llama_adapter)):
+        for file in roles[role]["files"]:
+            content = (folder / file["name"]).read_bytes()
+            assert (file["size"], file["sha256"]) == (
+                len(content),
+                hashlib.sha256(content).hexdigest(),
+            )
+    for item in document["variants"]:
+        path = built.folder / item["file"]
+        reader = gguf.GGUFReader(path)
+        types: dict[str, int] = {}
+        for tensor in reader.tensors:
+            types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
+        assert item["types"] == types
+        assert item["parameters"] == sum(int(t.n_elements) for t in reader.tensors)
+        assert item["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        modelfile = (built.folder / item["modelfile"]).read_text(encoding="utf-8")
+        assert f"FROM ./{item['file']}\n" in modelfile
+    assert document["parity"] is None
+
+
+def test_adapter_changes_its_targets_and_nothing_else(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path
+) -> None:
+    run(tmp_path / "with", quants=["f16"], base=llama_folder, adapter=llama_adapter)
+    run(tmp_path / "without", quants=["f16"], merged=llama_folder)
+    readers = [gguf.GGUFReader(variant(tmp_path / p, "F16")) for p in ("with", "without")]
+    changed = {
+        a.name
+        for a, b in zip(readers[0].tensors, readers[1].tensors, strict=True)
+        if not np.array_equal(a.data, b.data)
+    }
+    assert changed == {f"blk.{i}.attn_{kind}.weight" for i in (0, 1) for kind in "qv"}
+
+
+@pytest.mark.parametrize("shape", [pico.LLAMA, pico.MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_llama_cpp_computes_what_transformers_and_peft_compute(
+    tmp_path: Path, tokenizer: bytes, shape: pico.Pico, dtype: str
+) -> None:
+    """The whole chain: names, row order, merge and metadata, by the logits of both."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = pico.write_model(tmp_path / "base", shape, dtype=dtype, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "adapter", shape)
+    run(tmp_path / "p", quants=["f32"], base=base, adapter=adapter)
+    ids = [1, *range(260, 300)]
+    llama_worker.call(
+        "logits", model=str(variant(tmp_path / "p", "F32")), ids=ids, target=str(tmp_path / "x.npy")
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, str(adapter))(torch.tensor([ids])).logits[0]
+    got = np.load(tmp_path / "x.npy")
+    # Weights are rounded to F16 on the way; the spread of the logits is about 3.
+    assert np.abs(got - expected.numpy()).max() < 0.02
+    assert (got.argmax(1) == expected.numpy().argmax(1)).mean() > 0.95
+
+
+def test_tied_embeddings_are_packed_without_a_head(tmp_path: Path, tokenizer: bytes) -> None:
+    shape = replace(pico.LLAMA, tied=True)
+    tensors = pico.weights(replace(shape, tied=False), "F16")  # a head that must not be read
+    base = pico.write_model(tmp_path / "base", shape, tensors=tensors, tokenizer=tokenizer)
+    built = run(tmp_path / "p", quants=["f16", "q4_k_m"], merged=base)
+    names = {t.name: t.type for t in read_gguf(variant(tmp_path / "p", "Q4_K_M")).tensors}
+    assert "output.weight" not in names
+    assert names["token_embd.weight"] == "Q6_K"
+    assert any("tied" in notice for notice in built.manifest["notices"])
+    theirs = tmp_path / "theirs.gguf"
+    llama_worker.quantize(variant(tmp_path / "p", "F16"), theirs, file_type=15)
+    assert theirs.read_bytes() == variant(tmp_path / "p", "Q4_K_M").read_bytes()
+
+
+def test_old_rotary_buffers_are_left_out(tmp_path: Path, tokenizer: bytes) -> None:
+    tensors = pico.weights(pico.LLAMA, "F16")
+    for i in range(2):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = pico.ramp((32,), 1)
+    base = pico.write_model(tmp_path / "base", tensors=tensors, tokenizer=tokenizer)
+    run(tmp_path / "p", quants=["f16"], merged=base)
+    assert len(read_gguf(variant(tmp_path / "p", "F16")).tensors) == 21
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_value_that_is_not_finite_stops_the_build_with_its_tensor(
+    tmp_path: Path, tokenizer: bytes, bad: float, name: str
+) -> None:
+    tensors = pico.weights(pico.LLAMA, "F16")
+    tensors[name].reshape(-1)[-3] = bad
+    base = pico.write_model(tmp_path / "base", tensors=tensors, tokenizer=tokenizer)
+    with pytest.raises(MedllmError, match=name):
+        run(tmp_path / "p", quants=["f16", "q4_k_m"], merged=base)
+    assert not list(tmp_path.glob("*p*/*.gguf"))
+
+
+def test_value_that_overflows_f16_stops_the_build_with_its_tensor(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    tensors = pico.weights(pico.LLAMA, "F32")
+    tensors["model.layers.0.mlp.gate_proj.weight"][3, 3] = 70000.0
+    base = pico.write_model(tmp_path / "base", dtype="F32", tensors=tensors, tokenizer=tokenizer)
+    with pytest.raises(MedllmError, match=r"gate_proj.*70000, which overflows F16"):
+        run(tmp_path / "p", quants=["f16"], merged=base)
+
+
+def test_sum_that_overflows_f16_stops_the_build(tmp_path: Path, llama_folder: Path) -> None:
+    tensors = pico.adapter_tensors(pico.LLAMA)
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora_"
+    tensors[f"{name}A.weight"][:] = 300
+    tensors[f"{name}B.weight"][:] = 300
+    adapter = pico.write_adapter(tmp_path / "a", tensors=tensors)
+    with pytest.raises(MedllmError, match=r"v_proj.*overflows F16"):
+        run(tmp_path / "p", quants=["f16"], base=llama_folder, adapter=adapter)
+
+
+def test_every_variant_loads_and_generates_in_llama_cpp(deep: Path) -> None:
+    models = [str(variant(deep, name)) for name in FREE]
+    texts = llama_worker.call("generate", models=models, prompts=["Paciente"], tokens=4)
+    assert list(texts) == models
+    assert all(text for [text] in texts.values())
