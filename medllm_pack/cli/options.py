@@ -1,0 +1,52 @@
+"""Options and arguments that several commands share, with one help text each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArg = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file"),
+]
+QuantOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--quant", metavar="LIST",
+        help="variants, separated by commas, such as f16,q4_k_m; the recipe's own if absent",
+    ),
+]  # fmt: skip
+BaseOpt = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="base model: a folder, or org/name[@revision] on the Hub"),
+]
+AdapterOpt = Annotated[
+    str | None, typer.Option(metavar="SRC", help="PEFT LoRA adapter to merge into the base")
+]
+MergedOpt = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="finished weights; not with --base or --adapter"),
+]
+OutOpt = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="folder of the pack; dist/RECIPE if absent")
+]
+ImatrixOpt = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="importance matrix in GGUF form, as llama-imatrix writes it"),
+]
+TemplateOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Modelfile style; the recipe's own if absent"),
+]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=256, metavar="N", help="blocks worked on at once; all processors if absent"
+    ),
+]
+ForceOpt = Annotated[bool, typer.Option("--force", help="replace what is there")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
+VerboseOpt = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
