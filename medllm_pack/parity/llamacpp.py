@@ -73,7 +73,8 @@ class Model:
         """Return the greedy continuation of a prompt, up to an end of text."""
         self._forget()
         ids = self.tokenize(prompt)
-        position, fresh, written = 0, list(ids), []
+        position, fresh = 0, list(ids)
+        written: list[int] = []
         while len(written) < tokens and position + len(fresh) < self.n_ctx:
             scores = self._decode(fresh, start=position, every=False)
             position += len(fresh)

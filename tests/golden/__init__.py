@@ -1,0 +1,1 @@
+"""What other programs made of our pico models, kept as digests."""

@@ -1,0 +1,51 @@
+"""The door to llama.cpp, against llama-cpp-python's own high-level class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medllm_pack.errors import MedllmError
+from medllm_pack.parity.llamacpp import Model
+from tests import pico
+from tests.test_build import run, variant
+
+TEXTS = ["Paciente de 64 anos", " dor  torácica\n", "µg, 10⁹/L 🩺", "</s>", ""]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
+    folder = tmp_path_factory.mktemp("door")
+    base = pico.write_model(folder / "base", tokenizer=tokenizer)
+    run(folder / "pack", quants=["f32"], merged=base)
+    return variant(folder / "pack", "F32")
+
+
+def test_tokens_logits_and_text_equal_llama_cpp_pythons(file: Path) -> None:
+    from llama_cpp import Llama
+
+    reference = Llama(str(file), n_ctx=512, n_threads=2, verbose=False, logits_all=True, seed=1)
+    with Model(file) as model:
+        for text in TEXTS:
+            assert model.tokenize(text) == reference.tokenize(text.encode(), special=False)
+        ids = model.tokenize(TEXTS[0])
+        reference.eval(ids)
+        expected = np.array(reference.scores[: len(ids)], dtype=np.float32)
+        np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=1e-4)
+        completed = reference.create_completion(TEXTS[0], max_tokens=12, temperature=0.0)
+        assert model.write(TEXTS[0], tokens=12) == completed["choices"][0]["text"]
+
+
+def test_logits_do_not_depend_on_what_was_computed_before(file: Path) -> None:
+    with Model(file) as model:
+        first = model.logits([1, 300, 301])
+        model.write("Exame físico", tokens=5)
+        np.testing.assert_array_equal(model.logits([1, 300, 301]), first)
+
+
+def test_file_that_llama_cpp_refuses_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(MedllmError, match=r"does not load 'x\.gguf'"):
+        Model(tmp_path / "x.gguf")
