@@ -35,7 +35,9 @@ def test_tokens_logits_and_text_equal_llama_cpp_pythons(file: Path) -> None:
         expected = np.array(reference.scores[: len(ids)], dtype=np.float32)
         np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=1e-4)
         completed = reference.create_completion(TEXTS[0], max_tokens=12, temperature=0.0)
-        assert model.write(TEXTS[0], tokens=12) == completed["choices"][0]["text"]
+        # The class drops bytes that are no character yet; we show that they are there.
+        ours = model.write(TEXTS[0], tokens=12).replace("\ufffd", "")
+        assert ours == completed["choices"][0]["text"]
 
 
 def test_logits_do_not_depend_on_what_was_computed_before(file: Path) -> None:

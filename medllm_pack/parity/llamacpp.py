@@ -38,6 +38,8 @@ class Model:
         settings = api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
         settings.n_threads = settings.n_threads_batch = threads
+        # As with repacking: one way through the kernels on every machine.
+        settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = api.llama_init_from_model(self._model, settings)
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self._vocab)
