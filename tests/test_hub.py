@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from medllm_pack import resources
 from medllm_pack.errors import CheckpointError, MedllmError, SourceError, UsageError
 from medllm_pack.progress import Silent
-from medllm_pack.weights import hub
-from medllm_pack.weights.hub import LocalCopy, Patience, Role, Source, fetch, parse_source
+from medllm_pack.weights import download, hub
+from medllm_pack.weights.answers import Patience
+from medllm_pack.weights.hub import fetch
+from medllm_pack.weights.needed import Role
+from medllm_pack.weights.sources import LocalCopy, Source, parse_source
 from tests.fake_hub import FakeHub, Faults, etag, sha256
 
 REPO = "org/model"
@@ -333,7 +336,8 @@ def test_a_folder_is_read_without_the_hub_library(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", sharded())
     script = (
         "import sys\n"
-        "from medllm_pack.weights.hub import fetch, parse_source\n"
+        "from medllm_pack.weights.hub import fetch\n"
+        "from medllm_pack.weights.sources import parse_source\n"
         "from medllm_pack.progress import Silent\n"
         "parse_source('org/name')\n"
         f"fetch(parse_source({str(folder)!r}), role='base', report=Silent())\n"
@@ -614,7 +618,8 @@ def test_a_killed_process_is_continued_by_the_next(server: FakeHub, get: Get, ca
 def start_download(server: FakeHub, cache: Path) -> subprocess.Popen[bytes]:
     script = (
         "from pathlib import Path\n"
-        "from medllm_pack.weights.hub import fetch, parse_source\n"
+        "from medllm_pack.weights.hub import fetch\n"
+        "from medllm_pack.weights.sources import parse_source\n"
         "from medllm_pack.progress import Silent\n"
         f"copy = fetch(parse_source({REPO!r}), role='base', report=Silent())\n"
         "print(copy.folder)\n"
@@ -1003,11 +1008,8 @@ def test_a_digest_from_the_hub_is_no_path(bad: Any) -> None:
         hub._item(Sibling())
 
 
-def test_https_is_never_left(server: FakeHub, cache: Path) -> None:
-    repository = hub._Repository(
-        parse_source(REPO), role="base", report=Silent(), cache=cache,
-        endpoint="https://hub.test", patience=None,
-    )  # fmt: skip
-    assert repository._redirected("https://hub.test/a", "/b") == "https://hub.test/b"
+def test_https_is_never_left() -> None:
+    here = "https://hub.test/a"
+    assert download._redirected(here, "/b", "hub.test") == "https://hub.test/b"
     with pytest.raises(SourceError, match="https is never left"):
-        repository._redirected("https://hub.test/a", "http://hub.test/b")
+        download._redirected(here, "http://hub.test/b", "hub.test")

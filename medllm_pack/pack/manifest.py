@@ -20,7 +20,7 @@ from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import Recipe
 from medllm_pack.weights import lora
-from medllm_pack.weights.hub import LocalCopy, parse_source
+from medllm_pack.weights.sources import LocalCopy, parse_source
 
 SCHEMA = 1
 NAME = "pack.json"

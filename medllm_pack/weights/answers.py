@@ -1,0 +1,121 @@
+"""What the Hub's answers mean: which are final and what to do then, which another try may better.
+
+Translates the errors of huggingface_hub and of the HTTP library below it. Sends nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from medllm_pack.errors import SourceError, shown
+
+# huggingface_hub takes a third of a second to import; folders do without it.
+if TYPE_CHECKING:
+    from httpx2 import Response
+    from huggingface_hub.errors import HfHubHTTPError
+
+PASSING = frozenset({408, 429, 500, 502, 503, 504})  # statuses worth another try
+
+_MEANINGS: Mapping[Any, str] = {
+    ("GatedRepoError", 403): "your account has no access to the gated repository {repo} yet: ask "
+    "for it at {page}, and use a token of that account (`hf auth login`)",
+    "GatedRepoError": "{repo} is gated: accept its conditions at {page}, log in with "
+    "`hf auth login`, and try again",
+    "RepositoryNotFoundError": "{repo} is not on the Hub, or it is private: check the name; if it "
+    "is private, log in with `hf auth login`",
+    "RevisionNotFoundError": "{repo} has no revision {revision}; {page}/commits lists them",
+    "EntryNotFoundError": "{repo} lists {file} at {revision} but does not serve it; try again "
+    "later or name another revision",
+    "DisabledRepoError": "{repo} has been disabled on the Hub; {page} may say why",
+    401: "the Hub does not accept your token: log in again with `hf auth login`, or unset HF_TOKEN",
+    403: "your token may not read {repo}: allow it at https://huggingface.co/settings/tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to insist.
+
+    Attributes:
+        tries: failures in a row, without one new byte, after which a download is given up.
+        first_wait_s: pause after the first failure; it doubles with each further one.
+        longest_wait_s: bound of the pause, also where the server asks for more.
+        stall_s: silence after which a connection counts as dead.
+    """
+
+    tries: int = 6
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 30.0
+    stall_s: float = 30.0
+
+    def wait(self, failures: int, asked_s: float = 0.0) -> None:
+        """Sleep before the next try."""
+        pause = max(self.first_wait_s * 2.0 ** max(failures - 1, 0), asked_s)
+        time.sleep(min(pause, self.longest_wait_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A repository as it is asked for.
+
+    Attributes:
+        name: ``org/name``.
+        revision: branch, tag or commit.
+        endpoint: the Hub, without a slash at the end.
+    """
+
+    name: str
+    revision: str
+    endpoint: str
+
+    @property
+    def host(self) -> str:
+        """Name of the Hub's machine, for messages."""
+        return urlsplit(self.endpoint).hostname or self.endpoint
+
+    def explained(self, error: HfHubHTTPError, file: str = "") -> SourceError:
+        """Say what an answer means and what to do, by the library's class, then by status."""
+        status = error.response.status_code
+        for cls in type(error).__mro__:
+            if meaning := _MEANINGS.get((cls.__name__, status)) or _MEANINGS.get(cls.__name__):
+                break
+        else:
+            meaning = _MEANINGS.get(status, "the Hub answers {status} for {repo}; try again later")
+        return SourceError(
+            meaning.format(
+                repo=self.name,
+                page=f"https://huggingface.co/{self.name}",
+                revision=shown(self.revision),
+                file=shown(file),
+                status=status,
+            )
+        )
+
+
+def network_error() -> tuple[type[Exception], ...]:
+    """Return the errors of the HTTP library that the Hub library is built on.
+
+    Which library that is changed between its major versions (httpx, httpx2).
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    library = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    return library.HTTPError, library.InvalidURL
+
+
+def told(error: Exception) -> str:
+    """Say which network error it was."""
+    # Not the error's text: it may hold an address with a signature in it.
+    name = type(error).__name__
+    return "no answer in time" if name.endswith("Timeout") else f"network error: {name}"
+
+
+def retry_after(response: Response) -> float:
+    """Return the pause in seconds that the server asks for."""
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() else 0.0
