@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from medllm_pack.errors import AdapterError
 from medllm_pack.weights.half import to_half
-from medllm_pack.weights.lora import Adapter, Merged, add_low_rank, parse_config
+from medllm_pack.weights.lora import Adapter, Merged, parse_config
+from medllm_pack.weights.merging import add_low_rank, round_to_half
 from medllm_pack.weights.safetensors import Checkpoint
 from tests import pico
 
@@ -143,6 +146,46 @@ def test_rounding_happens_once_not_by_way_of_float32() -> None:
     total = add_low_rank(weight, np.array([[value, above]]), np.ones((1, 1)), 1.0)
     assert total.astype(np.float16).tolist() == [[1.0, 1.0 + 2.0**-10]]
     assert total.astype(np.float32).astype(np.float16)[0, 1] == np.float16(1.0 + 2.0**-9)
+
+
+def test_rounding_equals_numpys_at_every_half_and_every_tie() -> None:
+    """All finite halves, all midpoints between neighbours, and the float64 next to each."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    every = np.sort(every[np.isfinite(every)].astype(np.float64))
+    ties = (every[:-1] + every[1:]) / 2
+    edges = [65519.999, 65520.0, 1e300, np.inf, 5e-324, 2**-25, 2**-25 + 2**-60, 0.0, -0.0]
+    near = [np.nextafter(ties, 9), np.nextafter(ties, -9), np.array(edges), -np.array(edges)]
+    for values in [every, ties, *near]:
+        with np.errstate(over="ignore"):
+            expected = values.astype(np.float16)
+        np.testing.assert_array_equal(
+            round_to_half(values).view(np.uint16), expected.view(np.uint16)
+        )
+
+
+@given(bits=st.lists(st.floats(width=64, allow_nan=False), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_rounding_equals_numpys_for_any_float64(bits: list[float]) -> None:
+    values = np.array(bits)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(round_to_half(values).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 8, 11])
+@pytest.mark.parametrize("columns", [1, 7, 256, 300])
+def test_sum_adds_its_terms_in_order(rank: int, columns: int) -> None:
+    """Against the same sum in Python's own floats, which are never fused or reordered."""
+    weight = pico.ramp((3, columns), 1)
+    a = pico.ramp((rank, columns), 2).astype(np.float64) * 1.1
+    b = pico.ramp((3, rank), 3).astype(np.float64) * 0.9
+    got = add_low_rank(weight, a, b, 1.7)
+    for i in range(3):
+        for j in range(columns):
+            total = float(b[i, 0]) * float(a[0, j])
+            for k in range(1, rank):
+                total += float(b[i, k]) * float(a[k, j])
+            assert got[i, j] == float(weight[i, j]) + 1.7 * total
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256])

