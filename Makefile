@@ -1,6 +1,7 @@
 # make demo   sets up the core alone and packs the model that ships inside, offline from there on
 # make test   sets up everything a developer needs and runs all tests
 # make check  formatting, lint, types
+# make bench  speed and memory, as tables: SHAPE=1b|7b|13b, WORK=folder, LLAMA_CPP=its sources
 # The first set-up compiles llama-cpp-python, which takes some minutes; pip keeps the result.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO := .venv-demo
 # llama.cpp is compiled for the machine at hand; its quantizers do not depend on it.
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: setup demo test check style clean
+.PHONY: setup demo test check bench style clean
 
 setup: $(VENV)/.stamp
 
@@ -36,6 +37,15 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+SHAPE ?= 1b
+WORK ?= build/bench-$(SHAPE)
+
+bench: setup
+	$(VENV)/bin/python benchmarks/kernels.py
+	$(VENV)/bin/python benchmarks/make_checkpoint.py --shape $(SHAPE) --out $(WORK) \
+		--tokenizer examples/tiny/base/tokenizer.model
+	$(VENV)/bin/python benchmarks/build.py $(WORK) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
 
 style: setup
 	$(VENV)/bin/ruff check --fix .

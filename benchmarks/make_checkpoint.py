@@ -101,7 +101,7 @@ def make(shape: Shape, out: Path, *, shards: int, tokenizer: Path | None) -> Non
     base.mkdir(parents=True, exist_ok=True)
     tensors = list(shape.tensors())
     per_shard = -(-len(tensors) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         chosen = tensors[i * per_shard : (i + 1) * per_shard]
         name = (
@@ -120,7 +120,7 @@ def make(shape: Shape, out: Path, *, shards: int, tokenizer: Path | None) -> Non
 
 def _make_adapter(shape: Shape, folder: Path, pool: NDArray[np.float16]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = []
+    pairs: list[tuple[str, tuple[int, ...]]] = []
     for name, size in shape.tensors():
         if name.endswith(("q_proj.weight", "v_proj.weight")):
             module = "base_model.model." + name.removesuffix(".weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ import gguf
 import numpy as np
 import pytest
 
+from benchmarks.make_checkpoint import Shape, make
 from medllm_pack.errors import MedllmError
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import Built, build
@@ -27,6 +29,7 @@ from medllm_pack.quant.mixes import load_mix, mix_names
 from medllm_pack.recipe import load_recipe
 from tests import llama_worker, pico
 
+ROOT = Path(__file__).resolve().parent.parent
 # Sixteen blocks reach every branch of the mixes (n_layer/16 is the finest).
 DEEP_LLAMA = replace(pico.LLAMA, layers=16, ff=256)
 DEEP_MISTRAL = replace(pico.MISTRAL, layers=16, ff=256)
@@ -425,6 +428,32 @@ def test_sum_that_overflows_f16_stops_the_build(tmp_path: Path, llama_folder: Pa
     adapter = pico.write_adapter(tmp_path / "a", tensors=tensors)
     with pytest.raises(MedllmError, match=r"v_proj.*overflows F16"):
         run(tmp_path / "p", quants=["f16"], base=llama_folder, adapter=adapter)
+
+
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Three times the blocks, of a width that fills the blocks of rows: the same memory."""
+    peaks = []
+    for layers in (2, 6):
+        shape = Shape(layers, 2048, 5632, 32, 32, vocab=2000)
+        tokenizer = ROOT / "tests" / "golden" / "tokenizer.model"
+        make(shape, tmp_path / str(layers), shards=1, tokenizer=tokenizer)
+        peaks.append(peak_of_build(tmp_path, tmp_path / str(layers)))
+    assert peaks[1] <= 1.05 * peaks[0]
+    assert peaks[1] < 1 << 30
+
+
+def peak_of_build(folder: Path, work: Path) -> int:
+    """Return the peak resident bytes of a build in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medllm_pack", "build", "7b", "--quant", "f16,q8_0", "--threads=2",
+         "--base", str(work / "base"), "--adapter", str(work / "adapter"),
+         "--out", str(work / "pack")],
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    return usage.ru_maxrss * 1024
 
 
 def test_every_variant_loads_and_generates_in_llama_cpp(deep: Path) -> None:

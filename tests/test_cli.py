@@ -151,6 +151,8 @@ def test_inspect_shows_a_pack_and_a_file(
     assert code == 0
     assert "q4_k_m" in out
     assert "not checked" in out
+    code, out, _ = run(["inspect", "p", "--verbose"], capsys)
+    assert "TEMPLATE" in out
     file = next(Path("p").glob("*.gguf"))
     code, out, _ = run(["inspect", str(file)], capsys)
     assert out.startswith("llama · 1.48M · Q4_K_M · ")

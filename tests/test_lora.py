@@ -155,7 +155,8 @@ def test_rounding_equals_numpys_at_every_half_and_every_tie() -> None:
     ties = (every[:-1] + every[1:]) / 2
     edges = [65519.999, 65520.0, 1e300, np.inf, 5e-324, 2**-25, 2**-25 + 2**-60, 0.0, -0.0]
     near = [np.nextafter(ties, 9), np.nextafter(ties, -9), np.array(edges), -np.array(edges)]
-    for values in [every, ties, *near]:
+    cases: list[Any] = [every, ties, *near]
+    for values in cases:
         with np.errstate(over="ignore"):
             expected = values.astype(np.float16)
         np.testing.assert_array_equal(

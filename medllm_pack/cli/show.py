@@ -184,6 +184,9 @@ def pack(output: Output, folder: Path, document: dict[str, Any]) -> None:
     output.line(f"parity   {verdict}")
     for text in (*document["deviations"], *document["notices"]):
         output.line(f"note: {text}")
+    if output.verbose:
+        modelfile = folder / document["variants"][0]["modelfile"]
+        output.line(f"\n{modelfile.name}:\n\n{modelfile.read_text(encoding='utf-8').rstrip()}")
 
 
 def _types(header: GGUFFile) -> dict[str, int]:

@@ -28,7 +28,7 @@ from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import card, manifest
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.progress import Reporter, Silent
-from medllm_pack.quant import ggml
+from medllm_pack.quant import kernels
 from medllm_pack.weights.half import finite, to_half
 from medllm_pack.weights.lora import Merged
 from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
@@ -67,6 +67,7 @@ def build(plan: Plan, *, threads: int | None = None, report: Reporter | None = N
     report = report or Silent()
     threads = threads or len(os.sched_getaffinity(0))
     out = plan.request.out
+    kernels.warm_up(_kinds(plan), report=report)
     with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):
         inputs = _stream(plan, folder, threads=threads, report=report)
         _compare_with_hub(plan, inputs)
@@ -118,7 +119,7 @@ class _Target:
         elif self.slot.type == "F32":
             data = wide.view(np.uint8).reshape(-1)
         else:
-            data = ggml.quantize(wide, self.slot.type, importance=self.importance)
+            data = kernels.quantize(wide, self.slot.type, importance=self.importance)
         self.output.write(self.slot.offset + start * self.slot.row_bytes, data)
 
 
@@ -166,9 +167,10 @@ class _Converter:
 
 
 def memory_bytes(threads: int) -> int:
-    """Return the memory a build needs at its peak, roughly: interpreter and blocks in flight."""
-    # Raw rows, F16, F32 and, while merging, three strips of float64: measured in docs/log.md.
-    return (120 << 20) + (threads + 2) * BLOCK_WEIGHTS * 24
+    """Return the peak memory of a build of LLaMA-2-7B's width, roughly; measured in docs/log.md."""
+    # The interpreter with numpy and numba, and a block as it is read, merged, rounded, widened
+    # and quantized, for every thread.
+    return (170 << 20) + threads * BLOCK_WEIGHTS * 19
 
 
 def _stream(
@@ -190,6 +192,17 @@ def _stream(
         for output in outputs.values():
             output.sync()
     return digests
+
+
+def _kinds(plan: Plan) -> set[tuple[str, bool]]:
+    """Return every type that will be quantized to, and whether with an importance matrix."""
+    weights = plan.importance.weights if plan.importance else {}
+    return {
+        (slot.type, slot.name in weights)
+        for file in plan.files
+        for slot in file.layout.slots
+        if slot.type not in ("F16", "F32")
+    }
 
 
 def _compare_with_hub(plan: Plan, inputs: Mapping[str, tuple[int, str]]) -> None:
