@@ -110,17 +110,38 @@ class _Target:
 
     output: _Output
     slot: Slot
-    importance: NDArray[np.float32] | None
 
-    def put(self, start: int, halves: NDArray[np.float16], wide: NDArray[np.float32]) -> None:
-        """Write rows from ``start`` on; ``wide`` holds the same values as ``halves``."""
-        if self.slot.type == "F16":
-            data = halves.view(np.uint8).reshape(-1)
-        elif self.slot.type == "F32":
-            data = wide.view(np.uint8).reshape(-1)
-        else:
-            data = kernels.quantize(wide, self.slot.type, importance=self.importance)
+    def put(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Write rows from ``start`` on, already in the slot's type."""
         self.output.write(self.slot.offset + start * self.slot.row_bytes, data)
+
+
+class _Encoded:
+    """A block of rows in every type that is asked for, each made once.
+
+    Variants share types: the Q6_K tensors of a Q4_K_M and a Q5_K_M file are the same bytes.
+    """
+
+    def __init__(self, halves: NDArray[np.float16], importance: NDArray[np.float32] | None) -> None:
+        self.importance = importance
+        self.made = {"F16": _bytes(halves)}
+        self.halves = halves
+
+    def __getitem__(self, kind: str) -> NDArray[np.uint8]:
+        if kind not in self.made:
+            self.made[kind] = self._make(kind)
+        return self.made[kind]
+
+    def _make(self, kind: str) -> NDArray[np.uint8]:
+        if kind == "F32":
+            # llama.cpp quantizes from the F16 file: rounding to F16 comes first here too.
+            return _bytes(self.halves.astype(np.float32))
+        wide = self["F32"].view(np.float32).reshape(self.halves.shape)
+        return kernels.quantize(wide, kind, importance=self.importance)
+
+
+def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint8]:
+    return values.view(np.uint8).reshape(-1)
 
 
 class _Converter:
@@ -130,11 +151,10 @@ class _Converter:
         self.source = source
         self.head_dim = plan.config.head_dim
         self.tensors = {tensor.source: tensor for tensor in llama.tensors(plan.config)}
-        weights = plan.importance.weights if plan.importance else {}
+        self.importance = plan.importance.weights if plan.importance else {}
         self.targets = {
             tensor.source: tuple(
-                _Target(output, output.layout.by_name[tensor.name], weights.get(tensor.name))
-                for output in outputs.values()
+                _Target(output, output.layout.by_name[tensor.name]) for output in outputs.values()
             )
             for tensor in self.tensors.values()
         }
@@ -152,18 +172,17 @@ class _Converter:
 
     def _put_vector(self, rows: Rows, values: Values) -> None:
         # llama.cpp keeps norms in F32, whatever the file's type.
-        exact = finite(values, rows).astype(np.float32)
+        exact = _bytes(finite(values, rows).astype(np.float32))
         for target in self.targets[rows.spec.name]:
-            target.output.write(target.slot.offset, exact.view(np.uint8).reshape(-1))
+            target.put(0, exact)
 
     def _put_matrix(self, rows: Rows, values: Values, tensor: llama.Tensor) -> None:
         halves = to_half(values, rows)
         if tensor.heads is not None:
             halves = llama.interleave(halves, self.head_dim)
-        # llama.cpp quantizes from the F16 file: the rounding to F16 must come first here too.
-        wide = halves.astype(np.float32)
+        encoded = _Encoded(halves, self.importance.get(tensor.name))
         for target in self.targets[rows.spec.name]:
-            target.put(rows.start, halves, wide)
+            target.put(rows.start, encoded[target.slot.type])
 
 
 def memory_bytes(threads: int) -> int:
