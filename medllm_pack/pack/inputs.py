@@ -16,10 +16,9 @@ from medllm_pack.progress import Reporter
 from medllm_pack.recipe import Origin, Recipe
 from medllm_pack.weights.hub import fetch
 from medllm_pack.weights.lora import Adapter, Merged
+from medllm_pack.weights.needed import Role
 from medllm_pack.weights.safetensors import Checkpoint
 from medllm_pack.weights.sources import LocalCopy, parse_source
-
-Role = Literal["base", "merged", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,9 @@ def gather(
     """
     notices: list[str] = []
 
-    def bring(source: str, role: Role, *, with_weights: bool = weights) -> LocalCopy:
-        return fetch(
-            parse_source(source, relative_to=folder), role=role, report=report, weights=with_weights
-        )
+    def bring(source: str, role: Role) -> LocalCopy:
+        parsed = parse_source(source, relative_to=folder)
+        return fetch(parsed, role=role, report=report, weights=weights)
 
     model = bring(sources.model, sources.role)
     adapter = bring(sources.adapter, "adapter") if sources.adapter else None
@@ -140,7 +138,7 @@ def gather(
     license_copy = None
     if sources.license and not _has_texts(recipe, model):
         try:
-            license_copy = bring(sources.license, "base", with_weights=False)
+            license_copy = bring(sources.license, "license")
         except MedllmError as error:
             notices.append(f"the licence texts of {sources.license} could not be fetched: {error}")
     return Inputs(model, sources.role, adapter, license_copy, tuple(notices))

@@ -22,7 +22,14 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.errors import MedllmError, SourceError, shown
-from medllm_pack.weights.needed import SMALL_LIMIT, Role, config_name, is_small, weight_names
+from medllm_pack.weights.needed import (
+    SMALL_LIMIT,
+    Role,
+    config_name,
+    has_model,
+    is_small,
+    weight_names,
+)
 from medllm_pack.weights.safetensors import INDEX, SINGLE
 from medllm_pack.weights.sources import LocalFile, regular_file
 
@@ -120,12 +127,12 @@ class Cache:
             if (is_small(name, role) or name.endswith((".safetensors", INDEX)))
             and (file := self._good_file(commit, name))
         }
-        config = config_name(role)
-        if role != "adapter" and SINGLE not in found and INDEX not in found:
-            return commit, (), sorted({config} - found.keys()) + [f"{SINGLE} (or {INDEX})"]
+        configs = set() if role == "license" else {config_name(role)}
+        if has_model(role) and SINGLE not in found and INDEX not in found:
+            return commit, (), sorted(configs - found.keys()) + [f"{SINGLE} (or {INDEX})"]
         needed = weight_names(found, role, lambda name: found[name].path)
         kept = [found[name] for name in found if is_small(name, role) or name in needed]
-        return commit, kept, sorted({config, *needed} - found.keys())
+        return commit, kept, sorted({*configs, *needed} - found.keys())
 
     def _good_file(self, commit: str, name: str) -> LocalFile | None:
         pointer = self.snapshot(commit) / name

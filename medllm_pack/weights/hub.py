@@ -31,6 +31,7 @@ from medllm_pack.weights.needed import (
     Role,
     check_names,
     check_small,
+    has_model,
     is_small,
     listed,
     weight_names,
@@ -120,7 +121,7 @@ class _Repository:
         check_names(listing, self.role, self.name)
         self.cache.remember(commit)
         small = [_item(listing[name]) for name in sorted(listing) if is_small(name, self.role)]
-        if self.role != "adapter" and SINGLE not in listing:
+        if has_model(self.role) and SINGLE not in listing:
             small.append(_item(listing[INDEX]))
         found = self._bring(small, commit, "small files")
         names = weight_names(listing, self.role, lambda name: found[name].path)

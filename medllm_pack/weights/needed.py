@@ -17,7 +17,8 @@ from medllm_pack.errors import SourceError, shown
 from medllm_pack.weights import lora
 from medllm_pack.weights.safetensors import INDEX, SINGLE, read_index
 
-Role = Literal["base", "merged", "adapter"]
+# "license": only the texts of a repository whose weights are not read.
+Role = Literal["base", "merged", "adapter", "license"]
 
 SMALL_LIMIT = 16 << 20  # what files.read_small accepts
 
@@ -34,6 +35,11 @@ _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_sta
 _LISTED = 6  # names in a message
 
 
+def has_model(role: Role) -> bool:
+    """Say whether the weights of a whole model are needed."""
+    return role in ("base", "merged")
+
+
 def config_name(role: Role) -> str:
     """Return the name of the file that says how the weights are meant."""
     return lora.CONFIG if role == "adapter" else _CONFIG
@@ -44,7 +50,7 @@ def is_small(name: str, role: Role) -> bool:
     if name == lora.CONFIG:
         return role == "adapter"
     if name in _SMALL:
-        return True
+        return role != "license"
     return name.lower().startswith(_LEGAL) and _is_plain(name)
 
 
@@ -71,13 +77,15 @@ def check_names(names: Collection[str], role: Role, where: str) -> None:
     Raises:
         SourceError: if there are no safetensors for this role, or nothing that explains them.
     """
-    has_adapter, has_model = lora.WEIGHTS in names, SINGLE in names or INDEX in names
-    if role == "adapter" and not has_adapter:
-        if has_model:
+    if role == "license":
+        return
+    adapter, model = lora.WEIGHTS in names, SINGLE in names or INDEX in names
+    if role == "adapter" and not adapter:
+        if model:
             raise SourceError(f"{where} is a whole model, no adapter; use --merged or --base")
         raise _no_weights(names, where, lora.WEIGHTS)
-    if role != "adapter" and not has_model:
-        if has_adapter:
+    if role != "adapter" and not model:
+        if adapter:
             raise SourceError(f"{where} is an adapter, no whole model; use --adapter")
         raise _no_weights(names, where, f"{SINGLE} nor {INDEX}")
     config = config_name(role)
@@ -115,6 +123,8 @@ def weight_names(
         SourceError: if the index cannot be read.
         CheckpointError: if it is damaged.
     """
+    if role == "license":
+        return ()
     if role == "adapter":
         return (lora.WEIGHTS,)
     # The order of transformers: the single file wins, and the shards beside it are left alone.
