@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 from benchmarks.make_checkpoint import Shape, make
-from medllm_pack.errors import MedllmError
+from medllm_pack.errors import MedllmError, WriteError
+from medllm_pack.gguf.layout import lay_out
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import Built, build
+from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.progress import Silent
 from medllm_pack.quant.mixes import load_mix, mix_names
@@ -461,3 +463,34 @@ def test_every_variant_loads_and_generates_in_llama_cpp(deep: Path) -> None:
     texts = llama_worker.call("generate", models=models, prompts=["Paciente"], tokens=4)
     assert list(texts) == models
     assert all(text for [text] in texts.values())
+
+
+def test_output_that_is_not_complete_has_no_digest(tmp_path: Path) -> None:
+    layout = lay_out([], [("a.weight", (4, 32), "F16"), ("b.weight", (3,), "F32")], file_type=1)
+    output = Output(tmp_path / "x.gguf", layout)
+    output.write(layout.by_name["b.weight"].offset, bytes(12))
+    with pytest.raises(WriteError, match=f"only up to byte {len(layout.header)}"):
+        output.finish()
+    output.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_digest_is_the_files_whatever_the_order_of_the_blocks(tmp_path: Path, seed: int) -> None:
+    shapes = [(f"blk.{i}.attn_q.weight", (7, 32), "Q8_0") for i in range(9)]
+    layout = lay_out([], [*shapes, ("output_norm.weight", (5,), "F32")], file_type=7)
+    output = Output(tmp_path / "x.gguf", layout)
+    pieces = [
+        (slot.offset + row * slot.row_bytes, slot.row_bytes)
+        for slot in layout.slots
+        for row in range(slot.nbytes // slot.row_bytes)
+    ]
+    order = random.Random(seed)
+    order.shuffle(pieces)
+    for offset, size in pieces:
+        output.write(offset, order.randbytes(size))
+    digest = output.finish()
+    output.close()
+    content = (tmp_path / "x.gguf").read_bytes()
+    assert len(content) == layout.size
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert read_gguf(tmp_path / "x.gguf").tensors == layout.slots

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from medllm_pack import files
 from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
-from medllm_pack.gguf.layout import Layout, Slot
+from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import card, manifest
+from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.quant import kernels
@@ -36,6 +37,7 @@ from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
 BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
 
 Source = Checkpoint | Merged
+Digests = Mapping[str, tuple[int, str]]  # file name -> size, SHA-256
 
 
 @dataclass(frozen=True)
@@ -69,46 +71,20 @@ def build(plan: Plan, *, threads: int | None = None, report: Reporter | None = N
     out = plan.request.out
     kernels.warm_up(_kinds(plan), report=report)
     with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):
-        inputs = _stream(plan, folder, threads=threads, report=report)
+        inputs, digests = _stream(plan, folder, threads=threads, report=report)
         _compare_with_hub(plan, inputs)
-        digests = _read_back(plan, folder, threads=threads, report=report)
+        for file in plan.files:
+            _check_header(folder, file)
         document = manifest.describe(plan, inputs=inputs, digests=digests)
         _write_papers(plan, folder, document, digests)
     return Built(out, document)
-
-
-class _Output:
-    """A GGUF file being filled: preallocated, then written at planned offsets by any thread."""
-
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self.layout = layout
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            # A disk that is too small says so now. The padding between tensors stays zero.
-            os.posix_fallocate(self.fd, 0, layout.size)
-            self.write(0, layout.header)
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, offset: int, data: bytes | NDArray[np.uint8]) -> None:
-        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-        while view:
-            n = os.pwrite(self.fd, view, offset)
-            view, offset = view[n:], offset + n
-
-    def sync(self) -> None:
-        os.fsync(self.fd)
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 @dataclass(frozen=True)
 class _Target:
     """Where the rows of one tensor go in one file."""
 
-    output: _Output
+    output: Output
     slot: Slot
 
     def put(self, start: int, data: NDArray[np.uint8]) -> None:
@@ -147,7 +123,7 @@ def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint
 class _Converter:
     """What is done to a block of rows between reading and writing. Used by many threads."""
 
-    def __init__(self, plan: Plan, source: Source, outputs: Mapping[str, _Output]) -> None:
+    def __init__(self, plan: Plan, source: Source, outputs: Mapping[str, Output]) -> None:
         self.source = source
         self.head_dim = plan.config.head_dim
         self.tensors = {tensor.source: tensor for tensor in llama.tensors(plan.config)}
@@ -192,25 +168,22 @@ def memory_bytes(threads: int) -> int:
     return (170 << 20) + threads * BLOCK_WEIGHTS * 19
 
 
-def _stream(
-    plan: Plan, folder: Path, *, threads: int, report: Reporter
-) -> dict[str, tuple[int, str]]:
-    """Fill all outputs; return size and digest of every weight file that was read."""
+def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tuple[Digests, Digests]:
+    """Fill all outputs; return size and digest of every file read and of every file written."""
     with ExitStack() as stack:
         source = stack.enter_context(closing(plan.inputs.open()))
         outputs = {
-            file.file: stack.enter_context(closing(_Output(folder / file.file, file.layout)))
+            file.file: stack.enter_context(closing(Output(folder / file.file, file.layout)))
             for file in plan.files
         }
         specs = list(source.tensors.values())
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
         _in_parallel(_Converter(plan, source, outputs), blocks, threads=threads, report=report)
-        digests = source.digests()
-        report.step("syncing")
-        for output in outputs.values():
-            output.sync()
-    return digests
+        report.step("finishing")
+        inputs = source.digests()
+        written = {name: (out.layout.size, out.finish()) for name, out in outputs.items()}
+    return inputs, written
 
 
 def _kinds(plan: Plan) -> set[tuple[str, bool]]:
@@ -224,7 +197,7 @@ def _kinds(plan: Plan) -> set[tuple[str, bool]]:
     }
 
 
-def _compare_with_hub(plan: Plan, inputs: Mapping[str, tuple[int, str]]) -> None:
+def _compare_with_hub(plan: Plan, inputs: Digests) -> None:
     """Refuse weights of which the Hub states another digest than was read."""
     for copy in (plan.inputs.model, plan.inputs.adapter):
         for file in copy.files.values() if copy else ():
@@ -237,10 +210,17 @@ def _compare_with_hub(plan: Plan, inputs: Mapping[str, tuple[int, str]]) -> None
 
 
 def _blocks(source: Source, specs: Sequence[TensorSpec], *, head_dim: int) -> Iterator[Rows]:
-    """Read every tensor in the order of the files, in blocks of rows that hold whole heads."""
+    """Read every tensor in blocks of rows that hold whole heads, in the order of the files.
+
+    The norms come first, some hundred kilobytes: they are scattered over the outputs, whose digests
+    could not follow the writing otherwise.
+    """
+    for spec in specs:
+        if spec.rows == 1:
+            yield source.read(spec.name, 0, 1)
     for spec in specs:
         step = max(BLOCK_WEIGHTS // spec.shape[-1] // head_dim, 1) * head_dim
-        for start in range(0, spec.rows, step):
+        for start in range(0, spec.rows if spec.rows > 1 else 0, step):
             yield source.read(spec.name, start, min(start + step, spec.rows))
 
 
@@ -262,35 +242,21 @@ def _in_parallel(
             raise
 
 
-def _read_back(
-    plan: Plan, folder: Path, *, threads: int, report: Reporter
-) -> dict[str, tuple[int, str]]:
-    """Read what the disk holds now: check each header, return size and digest of each file."""
-    report.step("reading back", total_bytes=plan.bytes_to_write)
-    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        futures = {file.file: pool.submit(_check, folder, file) for file in plan.files}
-        digests = {}
-        for file in plan.files:
-            digests[file.file] = (file.layout.size, futures[file.file].result())
-            report.advance(file.layout.size)
-    return digests
-
-
-def _check(folder: Path, file: PlannedFile) -> str:
+def _check_header(folder: Path, file: PlannedFile) -> None:
+    """Read the header of what was written with the strict reader."""
     try:
         found = read_gguf(folder / file.file)
     except GGUFError as error:
         raise WriteError(f"{error}; the disk did not keep what was written") from error
     if found.tensors != file.layout.slots:
         raise WriteError(f"{file.file} does not hold the planned tensors; the disk is not reliable")
-    return files.sha256(folder / file.file)
 
 
 def _write_papers(
     plan: Plan,
     folder: Path,
     document: manifest.Document,
-    digests: Mapping[str, tuple[int, str]],
+    digests: Digests,
 ) -> None:
     """Write everything of the pack but the weights; SHA256SUMS last."""
     texts = {file.modelfile: plan.modelfile(file) for file in plan.files}

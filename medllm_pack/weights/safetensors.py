@@ -37,6 +37,7 @@ _MAX_TENSORS = 4096
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}\Z")
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")
 _READ_CHUNK = 4 << 20
+_SMALL_GAP = 1 << 20
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,10 +156,8 @@ class TensorFile:
             self._fd = -1
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
-        if self._hashed < offset:
-            gap = offset - self._hashed
-            if gap <= _READ_CHUNK:
-                self._pread(self._hashed, gap)
+        if self._hashed < offset <= self._hashed + _SMALL_GAP:
+            self._pread(self._hashed, offset - self._hashed)  # a norm that was read ahead
         data = np.empty(size, dtype=np.uint8)
         view, done = data.data, 0
         while done < size:
