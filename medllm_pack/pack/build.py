@@ -111,7 +111,7 @@ class _Encoded:
     def _make(self, kind: str) -> NDArray[np.uint8]:
         if kind == "F32":
             # llama.cpp quantizes from the F16 file: rounding to F16 comes first here too.
-            return _bytes(self.halves.astype(np.float32))
+            return _bytes(kernels.widen(self.halves))
         wide = self["F32"].view(np.float32).reshape(self.halves.shape)
         return kernels.quantize(wide, kind, importance=self.importance)
 

@@ -73,8 +73,11 @@ class Model:
 
     def write(self, prompt: str, *, tokens: int) -> str:
         """Return the greedy continuation of a prompt, up to an end of text."""
+        return self.detokenize(self.continue_greedily(self.tokenize(prompt), tokens=tokens))
+
+    def continue_greedily(self, ids: Sequence[int], *, tokens: int) -> list[int]:
+        """Return the ids of the greedy continuation, up to an end of text (left out)."""
         self._forget()
-        ids = self.tokenize(prompt)
         position, fresh = 0, list(ids)
         written: list[int] = []
         while len(written) < tokens and position + len(fresh) < self.n_ctx:
@@ -85,7 +88,7 @@ class Model:
                 break
             written.append(best)
             fresh = [best]
-        return self.detokenize(written)
+        return written
 
     def close(self) -> None:
         """Free model and context."""
