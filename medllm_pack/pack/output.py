@@ -1,4 +1,4 @@
-"""A GGUF file being filled: preallocated, written by any thread, digested behind the writers.
+"""A GGUF file being filled: of its full size at once, written by any thread, digested behind.
 
 Blocks arrive in any order; a SHA-256 needs them in the order of the file. A thread of its own
 follows the part that is complete from the start, reads it back and digests it while later blocks
@@ -31,7 +31,7 @@ class Output:
         """Create the file at its full size and write its header.
 
         Raises:
-            OSError: if the disk has too little room, among others.
+            OSError: if the disk says no.
         """
         self.layout = layout
         self.name = path.name
@@ -46,8 +46,10 @@ class Output:
             target=self._follow, name=f"digest {self.name}", daemon=True
         )
         try:
-            # A disk that is too small says so now. The padding between tensors stays zero.
-            os.posix_fallocate(self._fd, 0, layout.size)
+            # A hole of the full size: the padding between tensors stays zero. Not fallocate, which
+            # takes five times the system time (docs/log.md); the plan has looked at the free space,
+            # and a disk that fills up meanwhile fails the write that finds no room.
+            os.ftruncate(self._fd, layout.size)
             for slot, following in zip(layout.slots, (*layout.slots[1:], None), strict=True):
                 end = following.offset if following else layout.size
                 self._written.add(slot.offset + slot.nbytes, end)
