@@ -13,6 +13,7 @@ import typer
 from medllm_pack.cli import console, show
 from medllm_pack.cli import options as o
 from medllm_pack.cli.console import Output
+from medllm_pack.cli.parity import parity
 
 if TYPE_CHECKING:
     from medllm_pack.pack.plan import Request
@@ -133,6 +134,9 @@ def inspect(
 
         header = read_gguf(path)
         output.result(show.gguf_document(header), lambda: show.gguf_file(output, header))
+
+
+app.command()(parity)
 
 
 @recipes.command("list")

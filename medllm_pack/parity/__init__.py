@@ -1,1 +1,1 @@
-"""Running what was built: llama.cpp, and later the comparison with the original."""
+"""Is it still the same model? A ladder of checks from the fine-tuned model to each variant."""

@@ -1,0 +1,84 @@
+"""``medllm-pack parity``: is it still the same model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medllm_pack.cli import options as o
+from medllm_pack.cli.console import Output
+
+if TYPE_CHECKING:
+    from medllm_pack.parity.checks import Check, Verdict
+    from medllm_pack.parity.run import Result
+
+PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
+TextsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='your own texts: .txt with blank lines between notes, or .jsonl with "text"; '
+        "they are never copied or recorded. Synthetic notes if absent",
+    ),
+]
+
+
+def parity(
+    pack: PackArg,
+    base: o.BaseOpt = None,
+    adapter: o.AdapterOpt = None,
+    merged: o.MergedOpt = None,
+    texts: TextsOpt = None,
+    threads: o.ThreadsOpt = None,
+    json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+    verbose: o.VerboseOpt = False,
+) -> None:
+    """Check that every variant is still the fine-tuned model; exit code 3 if one is not."""
+    from medllm_pack.parity.original import Sources, require_extra
+
+    require_extra()
+    from medllm_pack.parity.run import NOTES, check_pack
+    from medllm_pack.parity.texts import read_texts
+
+    output = Output(json=json, quiet=quiet or json, verbose=verbose)
+    own = read_texts(texts, count=NOTES) if texts else None
+    sources = Sources(base, adapter, merged)
+    with output.reporter() as report:
+        result = check_pack(pack, texts=own, sources=sources, threads=threads, report=report)
+    output.result(result.document, lambda: _show(output, result))
+    result.raise_if_failed()
+
+
+def _show(output: Output, result: Result) -> None:
+    """Show the verdicts, and with -v or after a failure every check."""
+    rows = [_row(verdict) for verdict in result.verdicts]
+    heads = ("variant", ">mean KLD", ">99 %", ">same top token", ">perplexity", ">ratio", "verdict")
+    output.table(heads, rows)
+    for verdict in result.verdicts:
+        checks = [c for c in verdict.checks if output.verbose or c.passed is False]
+        if checks:
+            output.line(f"\n{verdict.quant}:")
+            output.table(("check", ">measured", "limit", "", "found"), [_line(c) for c in checks])
+    texts = result.texts
+    name = "your texts" if texts.sha256 is None else f"held-out synthetic notes ({texts.name})"
+    output.line(f"\n{len(texts.notes)} {name}; the verdict is in {result.folder / 'parity.json'}")
+
+
+def _row(verdict: Verdict) -> tuple[str, ...]:
+    figures = verdict.figures
+    said = "passed" if verdict.failed is None else f"failed at {verdict.failed.name}"
+    if not figures:
+        return (verdict.quant, "", "", "", "", "", said)
+    return (
+        verdict.quant, f"{figures['kld_mean']:.2e}", f"{figures['kld_p99']:.2e}",
+        f"{figures['top1']:.2%}", f"{figures['ppl']:.4g}", f"{figures['ppl_ratio']:.4f}", said,
+    )  # fmt: skip
+
+
+def _line(check: Check) -> tuple[str, ...]:
+    measured = "" if check.measured is None else f"{check.measured:.4g}"
+    verdict = {True: "ok", False: "NO", None: "-"}[check.passed]
+    return (check.name, measured, check.limit, verdict, check.detail)

@@ -1,0 +1,234 @@
+"""``check_pack``: climb the ladder for every variant of a pack and write down the verdict.
+
+All rungs are climbed where possible; the first check that fails names where things went wrong. The
+rungs that need no texts come first, then llama.cpp writes, then the reference runs once over
+everything, then every variant is compared with it.
+
+Memory: what the reference needs. Disk: the logits of all texts, twice, in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from medllm_pack import files
+from medllm_pack.errors import CheckFailedError, GGUFError, SourceError, shown
+from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.pack.manifest import read_manifest
+from medllm_pack.parity import limits, record, worker
+from medllm_pack.parity.checks import CAUSES, Check, Verdict, broken, skipped
+from medllm_pack.parity.original import Original, Sources, find_original, require_extra
+from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
+from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.tensors import check_tensors
+from medllm_pack.parity.texts import Texts, shipped_texts
+from medllm_pack.parity.tokens import (
+    STRINGS,
+    Tokenizer,
+    check_ids,
+    check_settings,
+    check_vocabulary,
+)
+from medllm_pack.progress import Reporter
+
+NOTES = 16  # texts that are used
+_TOKENS = 256  # ids of a text that are used
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 24
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check of a pack found.
+
+    Attributes:
+        folder: the pack.
+        texts: what was predicted.
+        verdicts: one a variant, in the order of the pack.
+        document: the content of parity.json.
+    """
+
+    folder: Path
+    texts: Texts
+    verdicts: tuple[Verdict, ...]
+    document: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every variant passed."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def raise_if_failed(self) -> None:
+        """Raise the verdict if it is no.
+
+        Raises:
+            CheckFailedError: naming the first rung that failed, and its usual cause.
+        """
+        for verdict in self.verdicts:
+            if check := verdict.failed:
+                raise CheckFailedError(
+                    f"{verdict.quant} is not the model it was made from: {check.name}: "
+                    f"{check.detail}. Usual cause: {CAUSES[check.rung]}"
+                )
+
+
+@dataclass
+class _Climb:
+    """A variant on its way up."""
+
+    quant: str
+    path: Path
+    sha256: str
+    header: GGUFFile | None = None
+    checks: list[Check] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    unwritten: str = ""  # why there is nothing
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.quant, tuple(self.checks), self.figures)
+
+
+def check_pack(
+    folder: Path,
+    *,
+    texts: Texts | None = None,
+    sources: Sources | None = None,
+    threads: int | None = None,
+    report: Reporter,
+) -> Result:
+    """Check every variant of a pack against the model it was made from.
+
+    Args:
+        folder: the pack; the verdict is written into it.
+        texts: what is predicted; held-out notes of the tiny model if None.
+        sources: where base, adapter or merged weights are now, if not where pack.json says.
+        threads: of llama.cpp; all processors of this process if None.
+        report: listener.
+
+    Raises:
+        MedllmError: if the check could not be made; nothing is written then.
+    """
+    require_extra()
+    manifest = read_manifest(folder)
+    original = find_original(manifest, sources or Sources(), report=report)
+    ladder = _Ladder(original, threads or len(os.sched_getaffinity(0)), report)
+    climbs = [_climb(folder, entry) for entry in manifest["variants"]]
+    texts = texts or shipped_texts(count=NOTES)
+    with TemporaryDirectory(prefix="medllm-parity-") as temporary:
+        ladder.climb(climbs, texts, Path(temporary))
+    verdicts = tuple(climb.verdict for climb in climbs)
+    record.write(folder, manifest, texts, verdicts)
+    return Result(folder, texts, verdicts, record.describe(texts, verdicts))
+
+
+def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:
+    name = entry["file"]
+    if Path(name).name != name:
+        raise SourceError(f"pack.json names the file {shown(name)}, which is not in the pack")
+    return _Climb(entry["quant"], folder / name, entry["sha256"])
+
+
+class _Ladder:
+    """The rungs, in order, for all variants of a pack."""
+
+    def __init__(self, original: Original, threads: int, report: Reporter) -> None:
+        self.original, self.threads, self.report = original, threads, report
+        self.tokenizer = Tokenizer(original)
+
+    def climb(self, climbs: Sequence[_Climb], texts: Texts, temporary: Path) -> None:
+        sequences = [self.tokenizer.encode(note)[:_TOKENS] for note in texts.notes]
+        for climb in climbs:
+            self._look_at_file(climb)
+        sound = [climb for climb in climbs if climb.header is not None]
+        for climb in sound:
+            self._look_inside(climb)
+            self._let_write(climb, sequences)
+        written = [w for climb in sound for w in climb.written]
+        everything = [*sequences, *(w.whole for w in written)]
+        reference = compute_logits(self.original, everything, folder=temporary, report=self.report)
+        ends = iter(reference[len(sequences) :])
+        for climb in sound:
+            self._compare_logits(climb, sequences, reference[: len(sequences)], temporary)
+            self._compare_writing(climb, [next(ends) for _ in climb.written])
+
+    def _look_at_file(self, climb: _Climb) -> None:
+        self.report.step(f"digest of {climb.path.name}")
+        try:
+            climb.header = read_gguf(climb.path)
+        except GGUFError as error:
+            climb.checks.append(broken("file.header", str(error)))
+            return
+        same = files.sha256(climb.path) == climb.sha256
+        detail = (
+            "the file is the one that was built"
+            if same
+            else (f"{climb.path.name} is not the file that pack.json names")
+        )
+        climb.checks.append(Check("file.digest", int(not same), "= 0 differ", same, detail))
+
+    def _look_inside(self, climb: _Climb) -> None:
+        assert climb.header is not None
+        metadata = climb.header.metadata
+        climb.checks.append(check_settings(metadata, self.original))
+        climb.checks += check_tensors(climb.path, climb.header, self.original, report=self.report)
+        climb.checks.append(check_vocabulary(metadata, self.tokenizer))
+        climb.checks.append(self._tokenize(climb))
+
+    def _tokenize(self, climb: _Climb) -> Check:
+        if not self.tokenizer.comparable:
+            reason = "add_prefix_space is off, which SentencePiece alone cannot follow"
+            return skipped("tokens.ids", reason)
+        self.report.step(f"tokens of {climb.quant}")
+        try:
+            answer = worker.call("tokenize", model=str(climb.path.resolve()), texts=list(STRINGS))
+        except worker.WorkerError as error:
+            return broken("tokens.ids", str(error))
+        return check_ids(answer["ids"], self.tokenizer)
+
+    def _let_write(self, climb: _Climb, sequences: Sequence[Sequence[int]]) -> None:
+        """Let llama.cpp continue the first texts; the reference reads it later."""
+        if climb.quant not in limits.GREEDY_TIES:  # a quantized one may well write otherwise
+            return
+        self.report.step(f"{climb.quant} writes")
+        prompts = [list(ids[:_PROMPT_TOKENS]) for ids in sequences[:_PROMPTS]]
+        try:
+            answer = worker.call(
+                "continue", model=str(climb.path.resolve()), prompts=prompts,
+                tokens=_NEW_TOKENS, threads=self.threads,
+            )  # fmt: skip
+        except worker.WorkerError as error:
+            climb.unwritten = str(error)
+            return
+        climb.written = [Written(p, i) for p, i in zip(prompts, answer["ids"], strict=True)]
+
+    def _compare_logits(
+        self,
+        climb: _Climb,
+        sequences: Sequence[Sequence[int]],
+        reference: Sequence[Path],
+        temporary: Path,
+    ) -> None:
+        self.report.step(f"logits of {climb.quant}")
+        try:
+            answer = worker.call(
+                "logits", model=str(climb.path.resolve()), sequences=[list(s) for s in sequences],
+                folder=str(temporary), threads=self.threads,
+            )  # fmt: skip
+        except worker.WorkerError as error:
+            climb.checks.append(broken("logits", str(error)))
+            return
+        paths = [temporary / name for name in answer["files"]]
+        climb.figures = measure(reference, paths, sequences)
+        climb.checks += check_logits(climb.quant, climb.figures)
+
+    def _compare_writing(self, climb: _Climb, reference: Sequence[Path]) -> None:
+        if climb.unwritten:
+            climb.checks.append(broken("generation", climb.unwritten))
+        elif climb.written:
+            climb.checks.append(check_generation(climb.quant, reference, climb.written))

@@ -1,0 +1,159 @@
+"""llama.cpp in a process of its own: it may abort or hang, and whoever asked must survive that.
+
+The child gets one job as JSON on standard input and answers with one JSON object; logits go to
+.npy files in a folder that the caller owns. It sees a cleared environment, leaves no core dump, has
+a time limit, and is killed with all its children. What goes wrong is a :class:`WorkerError` with
+the reason. Texts travel through the pipe only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import medllm_pack
+from medllm_pack.errors import MedllmError, shown
+
+Command = Sequence[str]
+
+DAY = 24 * 3600.0
+# -P: the current folder, which may be anyone's, is no place to import from.
+COMMAND: Command = (sys.executable, "-P", "-m", "medllm_pack.parity.worker")
+# What the loader of shared libraries needs, and nothing that could hold a secret.
+_KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")
+
+
+class WorkerError(MedllmError):
+    """llama.cpp did not do a job; the message says how it ended."""
+
+
+def call(
+    job: str, *, timeout: float = DAY, command: Command = COMMAND, **arguments: Any
+) -> dict[str, Any]:
+    """Run a job in a worker and return its answer.
+
+    Args:
+        job: one of :data:`JOBS`.
+        timeout: seconds after which the worker is killed.
+        command: the program; tests put another in its place.
+        arguments: of the job; JSON values.
+
+    Raises:
+        WorkerError: if the worker was killed, gave up, or answered nothing that can be read.
+    """
+    question = json.dumps({"job": job, "arguments": arguments}).encode()
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=_environment(), start_new_session=True,
+    )  # fmt: skip
+    try:
+        answer, _ = process.communicate(question, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(f"llama.cpp did not finish within {timeout:g} s") from error
+    finally:
+        _kill(process)
+    return _read_answer(answer, process.returncode)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    # Where the package itself lies, so that a source tree works as an installation does.
+    root = Path(medllm_pack.__file__).resolve().parent.parent
+    return kept | {
+        "PYTHONPATH": str(root), "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the worker and whatever it started."""
+    # It may have ended by itself, with nothing of its session left.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _read_answer(answer: bytes, code: int) -> dict[str, Any]:
+    if code < 0:
+        raise WorkerError(f"llama.cpp was ended by {signal.Signals(-code).name}")
+    if code > 0:
+        raise WorkerError(f"llama.cpp's worker ended with exit code {code}")
+    try:
+        document = json.loads(answer)
+    except ValueError as error:
+        raise WorkerError("llama.cpp's worker answered something that is not JSON") from error
+    if not isinstance(document, dict):
+        raise WorkerError("llama.cpp's worker answered something that is not a JSON object")
+    if "error" in document:
+        raise WorkerError(str(document["error"]))
+    return document
+
+
+# --- the child
+
+
+def _tokenize(model: str, texts: Sequence[str]) -> dict[str, Any]:
+    from medllm_pack.parity.llamacpp import Model
+
+    with Model(Path(model)) as loaded:
+        return {"ids": [loaded.tokenize(text) for text in texts]}
+
+
+def _continue(
+    model: str, prompts: Sequence[Sequence[int]], tokens: int, threads: int
+) -> dict[str, Any]:
+    from medllm_pack.parity.llamacpp import Model
+
+    context = max(map(len, prompts)) + tokens + 1
+    with Model(Path(model), n_ctx=context, threads=threads) as loaded:
+        return {"ids": [loaded.continue_greedily(ids, tokens=tokens) for ids in prompts]}
+
+
+def _logits(
+    model: str, sequences: Sequence[Sequence[int]], folder: str, threads: int
+) -> dict[str, Any]:
+    import numpy as np
+
+    from medllm_pack.parity.llamacpp import Model
+
+    context = max(map(len, sequences))
+    with Model(Path(model), n_ctx=context, threads=threads) as loaded:
+        for i, ids in enumerate(sequences):
+            np.save(Path(folder) / f"{i}.npy", loaded.logits(ids))
+    return {"files": [f"{i}.npy" for i in range(len(sequences))]}
+
+
+JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "tokenize": _tokenize,
+    "continue": _continue,
+    "logits": _logits,
+}
+
+
+def main() -> None:
+    """Do one job; what libraries print to standard output does not reach the answer."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    question = json.load(sys.stdin)
+    try:
+        answer = JOBS[question["job"]](**question["arguments"])
+    except MedllmError as error:
+        answer = {"error": str(error)}
+    except MemoryError:
+        answer = {"error": f"there is not enough memory for {shown(question['job'])}"}
+    json.dump(answer, answers)
+    answers.close()
+
+
+if __name__ == "__main__":
+    main()

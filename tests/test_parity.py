@@ -1,0 +1,535 @@
+"""Parity: sound packs pass, and every planted fault is caught on its rung, with exit code 3."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import typer
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from medllm_pack.cli.parity import parity
+from medllm_pack.errors import CheckFailedError, MedllmError, SourceError, UsageError
+from medllm_pack.pack.build import build
+from medllm_pack.pack.plan import Request, make_plan
+from medllm_pack.parity import worker
+from medllm_pack.parity.measures import compare, summarize
+from medllm_pack.parity.original import Original, Sources
+from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.run import Result, check_pack
+from medllm_pack.parity.texts import read_texts, shipped_texts
+from medllm_pack.progress import Silent
+from medllm_pack.recipe import load_recipe, recipe_path
+from tests import pico
+from tests.test_build import check_sums, run, variant
+
+TEXTS = shipped_texts(count=2)
+SHAPES = {"llama": pico.LLAMA, "mistral": pico.MISTRAL}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Sources:
+    """Base and adapter of a LLaMA-like pico model."""
+    folder = tmp_path_factory.mktemp("inputs")
+    base = pico.write_model(folder / "base", tokenizer=tokenizer)
+    adapter = pico.write_adapter(folder / "adapter")
+    return Sources(base=str(base), adapter=str(adapter))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, inputs: Sources) -> Path:
+    """A sound pack of it."""
+    return build_pack(tmp_path_factory.mktemp("built") / "pack", inputs, ["f16"])
+
+
+@pytest.fixture(scope="module")
+def built_twice(tmp_path_factory: pytest.TempPathFactory, inputs: Sources) -> Path:
+    """A sound pack with a quantized variant."""
+    return build_pack(tmp_path_factory.mktemp("twice") / "pack", inputs, ["q8_0", "f16"])
+
+
+@pytest.fixture
+def pack(built: Path, tmp_path: Path) -> Path:
+    """A copy of the sound pack, to be spoiled."""
+    return Path(shutil.copytree(built, tmp_path / "pack"))
+
+
+@pytest.fixture
+def two(built_twice: Path, tmp_path: Path) -> Path:
+    """A copy of the sound pack of two variants, to be spoiled."""
+    return Path(shutil.copytree(built_twice, tmp_path / "two"))
+
+
+def build_pack(
+    out: Path,
+    inputs: Sources,
+    quants: list[str],
+    *,
+    base: Path | None = None,
+    adapter: Path | None = None,
+) -> Path:
+    """Build a pack of the inputs, or of others in their place."""
+    base = base or Path(inputs.base or "")
+    run(out, quants=quants, base=base, adapter=adapter or Path(inputs.adapter or ""))
+    return out
+
+
+def check(pack: Path, inputs: Sources | None = None) -> Result:
+    return check_pack(pack, texts=TEXTS, sources=inputs, threads=1, report=Silent())
+
+
+def reseal(pack: Path) -> None:
+    """Let pack.json say that the files are as they were built: the fault is the builder's."""
+    path = pack / "pack.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for entry in document["variants"]:
+        entry["sha256"] = hashlib.sha256((pack / entry["file"]).read_bytes()).hexdigest()
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+class Editor:
+    """Changes a GGUF file in place, through gguf-py's reader."""
+
+    def __init__(self, path: Path) -> None:
+        self.reader = gguf.GGUFReader(path, "r+")
+        self.data = {tensor.name: tensor.data for tensor in self.reader.tensors}
+
+    def swap(self, one: str, other: str) -> None:
+        kept = self.data[one].copy()
+        self.data[one][:] = self.data[other]
+        self.data[other][:] = kept
+
+    def set(self, key: str, value: float) -> None:
+        self.reader.fields[key].parts[-1][0] = value
+
+    def items(self, key: str) -> list[NDArray[Any]]:
+        field = self.reader.fields[key]
+        return [field.parts[i] for i in field.data]
+
+
+# --- sound packs
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_reference_equals_the_ordinary_forward_of_transformers_and_peft(
+    tmp_path: Path, tokenizer: bytes, name: str, dtype: str
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shape = SHAPES[name]
+    base = pico.write_model(tmp_path / "b", shape, dtype=dtype, shards=2, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    original = Original(*({p.name: p for p in folder.iterdir()} for folder in (base, adapter)))
+    sequences = [[1, *range(260, 300)], [1, 7]]
+    paths = compute_logits(original, sequences, folder=tmp_path, report=Silent())
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter))
+    for path, ids in zip(paths, sequences, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        # Seen: equal to the bit on both shapes; the logits' spread is about 0.8.
+        np.testing.assert_allclose(np.load(path), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_sound_pack_passes_every_rung(tmp_path: Path, tokenizer: bytes, name: str) -> None:
+    shape = SHAPES[name]
+    base = pico.write_model(tmp_path / "b", shape, dtype="BF16", tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    quants = ["f16", "bf16", "q8_0", "q4_k_m"]
+    run(tmp_path / "p", quants=quants, base=base, adapter=adapter)
+    result = check(tmp_path / "p", Sources(str(base), str(adapter)))
+    assert [v.failed for v in result.verdicts] == [None] * 4
+    rungs = [c.rung for c in result.verdicts[0].checks]
+    assert list(dict.fromkeys(rungs)) == [
+        "file", "settings", "merge", "weights", "tokens", "logits", "generation",
+    ]  # fmt: skip
+    by_size = [result.verdicts[i].figures["kld_mean"] for i in (0, 2, 3)]
+    assert by_size == sorted(by_size)
+    check_sums(tmp_path / "p")
+    manifest = json.loads((tmp_path / "p" / "pack.json").read_text(encoding="utf-8"))
+    assert manifest["parity"]["passed"] is True
+    assert [v["quant"] for v in manifest["parity"]["variants"]] == quants
+    assert manifest["parity"]["texts"] == TEXTS.document()
+    assert json.loads((tmp_path / "p" / "parity.json").read_text()) == result.document
+
+
+def test_pack_of_merged_weights_passes_without_a_merge_proof(
+    tmp_path: Path, inputs: Sources
+) -> None:
+    run(tmp_path / "p", quants=["f16"], merged=Path(inputs.base or ""))
+    [verdict] = check(tmp_path / "p", Sources(merged=inputs.base)).verdicts
+    assert verdict.passed
+    assert {c.name: c.passed for c in verdict.checks}["merge.pairs"] is None
+
+
+def test_tiny_passes_with_the_sources_that_its_recipe_names(tmp_path: Path) -> None:
+    path = recipe_path("tiny")
+    request = Request(
+        recipe=load_recipe(path), folder=path.parent, out=tmp_path / "tiny",
+        variants=("f16", "q8_0", "q4_k_m"),
+    )  # fmt: skip
+    build(make_plan(request, report=Silent()), threads=2)
+    result = check(tmp_path / "tiny")
+    assert [v.failed for v in result.verdicts] == [None] * 3
+
+
+def test_checking_again_gives_the_same_bytes(pack: Path, inputs: Sources) -> None:
+    check(pack, inputs)
+    first = {p.name: p.read_bytes() for p in pack.iterdir()}
+    check(pack, inputs)
+    assert {p.name: p.read_bytes() for p in pack.iterdir()} == first
+
+
+# --- planted faults
+
+
+def not_merged(pack: Path, inputs: Sources) -> None:
+    other = pack.parent / "other"
+    run(other, quants=["f16", "q8_0"], merged=Path(inputs.base or ""))
+    take(pack, other)
+
+
+def scale_of_one(pack: Path, inputs: Sources) -> None:
+    adapter = pico.write_adapter(pack.parent / "a", config=pico.adapter_config(lora_alpha=8))
+    take(pack, build_pack(pack.parent / "other", inputs, ["f16", "q8_0"], adapter=adapter))
+
+
+def pairs_swapped_between_q_and_v(pack: Path, inputs: Sources) -> None:
+    names = {"q_proj": "v_proj", "v_proj": "q_proj"}
+    tensors = {
+        key.replace(kind, names[kind]): value
+        for key, value in pico.adapter_tensors(pico.LLAMA).items()
+        for kind in names
+        if kind in key
+    }
+    adapter = pico.write_adapter(pack.parent / "a", tensors=tensors)
+    take(pack, build_pack(pack.parent / "other", inputs, ["f16", "q8_0"], adapter=adapter))
+
+
+def another_model(pack: Path, inputs: Sources) -> None:
+    tensors = {name: value[::-1] for name, value in pico.weights(pico.LLAMA, "F16").items()}
+    tokenizer = (Path(inputs.base or "") / "tokenizer.model").read_bytes()
+    base = pico.write_model(pack.parent / "b", tensors=tensors, tokenizer=tokenizer)
+    take(pack, build_pack(pack.parent / "other", inputs, ["f16", "q8_0"], base=base))
+
+
+def take(pack: Path, other: Path) -> None:
+    for file in pack.glob("*.gguf"):
+        shutil.copyfile(other / file.name, file)
+
+
+def q_rows_not_permuted(pack: Path, inputs: Sources) -> None:
+    data = Editor(variant(pack, "F16")).data
+    for i in range(pico.LLAMA.layers):
+        rows = data[f"blk.{i}.attn_q.weight"]
+        heads = rows.reshape(pico.LLAMA.heads, pico.LLAMA.head_dim // 2, 2, -1)
+        rows[:] = heads.swapaxes(1, 2).reshape(rows.shape).copy()
+
+
+def layers_swapped(pack: Path, inputs: Sources) -> None:
+    editor = Editor(variant(pack, "F16"))
+    for name in [name for name in editor.data if name.startswith("blk.0.")]:
+        editor.swap(name, name.replace("blk.0.", "blk.1."))
+
+
+def tensor_zeroed(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).data["blk.1.ffn_down.weight"][:] = 0
+
+
+def bit_flipped(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).data["blk.0.ffn_up.weight"].view(np.uint16)[3, 5] ^= 1
+
+
+def norm_changed(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).data["output_norm.weight"][7] *= 1.001
+
+
+def wrong_rope_base(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).set("llama.rope.freq_base", 500000.0)
+
+
+def wrong_epsilon(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).set("llama.attention.layer_norm_rms_epsilon", 1e-6)
+
+
+def vocabulary_swapped(pack: Path, inputs: Sources) -> None:
+    tokens = Editor(variant(pack, "F16")).items("tokenizer.ggml.tokens")[259:]
+    one, other = next(
+        (a, b) for i, a in enumerate(tokens) for b in tokens[i + 1 :] if len(a) == len(b)
+    )
+    kept = one.copy()
+    one[:], other[:] = other, kept
+
+
+def score_sign_wrong(pack: Path, inputs: Sources) -> None:
+    for score in Editor(variant(pack, "F16")).items("tokenizer.ggml.scores")[259:]:
+        score *= -1
+
+
+def bos_off(pack: Path, inputs: Sources) -> None:
+    Editor(variant(pack, "F16")).set("tokenizer.ggml.add_bos_token", 0)
+
+
+def token_twice(pack: Path, inputs: Sources) -> None:
+    tokens = Editor(variant(pack, "F16")).items("tokenizer.ggml.tokens")
+    tokens[-1][:] = tokens[-2]  # llama.cpp aborts
+
+
+Fault = Callable[[Path, Sources], None]
+# Fault -> the check that names it, what it says, and whether the logits alone would have noticed.
+FAULTS: dict[Fault, tuple[str, str, bool]] = {
+    not_merged: ("merge.pairs", "holds nothing of the adapter", True),
+    scale_of_one: ("merge.pairs", "0.500 times what the adapter adds", True),
+    pairs_swapped_between_q_and_v: ("merge.pairs", "of the adapter", True),
+    another_model: ("weights.exact", "values differ", True),
+    q_rows_not_permuted: ("weights.exact", "rows in Hugging Face's order", True),
+    layers_swapped: ("weights.exact", "holds blk.1.", True),
+    tensor_zeroed: ("weights.exact", "blk.1.ffn_down.weight is all zero", True),
+    bit_flipped: ("weights.exact", "blk.0.ffn_up.weight: 1 of", False),
+    norm_changed: ("weights.exact", "output_norm.weight: 1 of", False),
+    wrong_rope_base: ("settings", "llama.rope.freq_base is '500000.0'", True),
+    wrong_epsilon: ("settings", "epsilon", False),
+    vocabulary_swapped: ("tokens.vocabulary", "token ", False),
+    score_sign_wrong: ("tokens.vocabulary", "score", False),
+    bos_off: ("tokens.vocabulary", "add_bos_token", False),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_fault_is_caught_on_its_rung(pack: Path, inputs: Sources, fault: Fault) -> None:
+    rung, said, heard = FAULTS[fault]
+    fault(pack, inputs)
+    reseal(pack)
+    result = check(pack, inputs)
+    failed = result.verdicts[0].failed
+    assert failed is not None
+    assert failed.name == rung
+    assert said in failed.detail
+    checks = result.verdicts[0].checks
+    assert any(c.rung == "logits" and c.passed is False for c in checks) is heard
+    manifest = json.loads((pack / "pack.json").read_text(encoding="utf-8"))
+    assert manifest["parity"]["passed"] is False
+    with pytest.raises(CheckFailedError, match=rung) as error:
+        result.raise_if_failed()
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("fault", [not_merged, scale_of_one])
+def test_fault_of_the_merge_shows_in_a_quantized_variant_alone(
+    two: Path, inputs: Sources, fault: Fault
+) -> None:
+    fault(two, inputs)
+    reseal(two)
+    failed = check(two, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "merge.pairs"
+
+
+def test_byte_flipped_after_the_build_is_caught_by_the_digest(pack: Path, inputs: Sources) -> None:
+    bit_flipped(pack, inputs)
+    failed = check(pack, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "file.digest"
+
+
+def test_scale_of_a_quantized_block_that_is_wrong_is_caught(two: Path, inputs: Sources) -> None:
+    rows = Editor(variant(two, "Q8_0")).data["blk.0.ffn_up.weight"]
+    rows[3, 1] ^= 0x01  # a high bit of the first block's scale
+    reseal(two)
+    failed, sound = (v.failed for v in check(two, inputs).verdicts)
+    assert sound is None
+    assert failed is not None
+    assert failed.name == "weights.worst_block"
+
+
+def test_truncated_file_fails_and_the_others_are_still_checked(two: Path, inputs: Sources) -> None:
+    data = variant(two, "Q8_0").read_bytes()
+    variant(two, "Q8_0").write_bytes(data[:-32])
+    first, second = check(two, inputs).verdicts
+    assert first.failed is not None
+    assert first.failed.name == "file.header"
+    assert second.passed
+
+
+# --- the worker
+
+
+def test_abort_in_llama_cpp_is_a_finding_with_its_signal(pack: Path, inputs: Sources) -> None:
+    token_twice(pack, inputs)
+    reseal(pack)
+    checks = {c.name: c for c in check(pack, inputs).verdicts[0].checks}
+    assert checks["tokens.ids"].passed is False
+    assert "SIGABRT" in checks["tokens.ids"].detail
+    assert "SIGABRT" in checks["logits"].detail
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
+        ("import time; time.sleep(60)", "did not finish within 1 s"),
+        ("raise SystemExit(7)", "exit code 7"),
+        ("print('not JSON')", "not JSON"),
+        ("print('[1]')", "not a JSON object"),
+        ("import sys; [sys.stderr.write('x' * 1000000) for _ in range(300)]; print('?')", "JSON"),
+    ],
+)
+def test_worker_that_ends_badly_is_an_error_with_its_reason(program: str, reason: str) -> None:
+    with pytest.raises(worker.WorkerError, match=reason):
+        worker.call("logits", timeout=1 if "sleep" in program else 60,
+                    command=[sys.executable, "-c", program])  # fmt: skip
+
+
+def test_worker_sees_no_secret_and_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    program = "import json, os; print(json.dumps(dict(os.environ)))"
+    seen = worker.call("logits", command=[sys.executable, "-c", program])
+    assert "HF_TOKEN" not in seen
+    assert seen["GGML_NO_BACKTRACE"] == "1"
+
+
+# --- inputs and texts
+
+
+def test_input_that_is_not_the_packs_is_refused_by_name(
+    pack: Path, inputs: Sources, tmp_path: Path
+) -> None:
+    adapter = pico.write_adapter(tmp_path / "a", tensors={
+        name: value + 1 for name, value in pico.adapter_tensors(pico.LLAMA).items()
+    })  # fmt: skip
+    with pytest.raises(SourceError, match=r"adapter_model\.safetensors.* is not the file"):
+        check(pack, Sources(inputs.base, str(adapter)))
+    assert not (pack / "parity.json").exists()
+
+
+def test_folder_that_pack_json_cannot_know_is_asked_for(pack: Path) -> None:
+    with pytest.raises(UsageError, match="--base DIR"):
+        check(pack)
+
+
+def test_missing_extra_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medllm_pack.parity import original
+
+    monkeypatch.setattr(original, "_NEEDED", ("numpy", "no_such_library"))
+    with pytest.raises(MedllmError, match=r"pip install 'medllm-pack\[parity\]'"):
+        original.require_extra()
+
+
+def test_texts_are_read_as_notes_or_as_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("um\ndois\n\n\ntrês\r\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "um\\ndois"}\n\n{"text": "três"}\n')
+    for name in ("a.txt", "a.jsonl"):
+        assert read_texts(tmp_path / name, count=9).notes == ("um\ndois", "três")
+    assert "dois" not in repr(read_texts(tmp_path / "a.txt", count=9))
+    for name, content in (("e.txt", "\n\n"), ("e.jsonl", '{"note": "segredo"}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SourceError) as error:
+            read_texts(tmp_path / name, count=9)
+        assert "segredo" not in str(error.value)
+
+
+def test_users_texts_appear_nowhere(
+    pack: Path, inputs: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = "Paciente Zulmira Quixabeira, prontuário 7734599210, nega alergias a canários."
+    (tmp_path / "own.txt").write_text(f"{canary}\n\n{canary} De novo.\n", encoding="utf-8")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    wrong_rope_base(pack, inputs)  # failures say more
+    reseal(pack)
+    ended = invoke(pack, inputs, "--texts", str(tmp_path / "own.txt"), "-v")
+    assert isinstance(ended.exception, CheckFailedError)
+    assert list(temporary.iterdir()) == []
+    said = f"{ended.output}{ended.exception}".encode()
+    written = b"".join(path.read_bytes() for path in pack.iterdir())
+    for word in ("Zulmira", "Quixabeira", "7734599210", "canários"):
+        for form in forms(word):
+            assert form not in said + written
+    texts = json.loads((pack / "parity.json").read_text(encoding="utf-8"))["texts"]
+    assert texts == {"name": "user", "count": 2, "sha256": None}
+
+
+def forms(word: str) -> list[bytes]:
+    """Return a word as text, UTF-16, hex, and the inner part of its base64 at each alignment."""
+    data = word.encode()
+    inner = [
+        base64.b64encode(bytes(i) + data)[-(-i * 8 // 6) : (i + len(data)) * 8 // 6]
+        for i in range(3)
+    ]
+    return [data, word.encode("utf-16-le"), data.hex().encode(), *inner]
+
+
+def invoke(pack: Path, inputs: Sources, *more: str) -> Any:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(parity)
+    arguments = [str(pack), f"--base={inputs.base}", f"--adapter={inputs.adapter}", "--threads=1"]
+    return CliRunner().invoke(app, [*arguments, *more])
+
+
+def test_command_shows_a_table_or_one_json_object(pack: Path, inputs: Sources) -> None:
+    ended = invoke(pack, inputs, "-q")
+    assert ended.exit_code == 0, ended.output
+    assert "f16" in ended.stdout
+    assert "passed" in ended.stdout
+    ended = invoke(pack, inputs, "--json")
+    assert json.loads(ended.stdout) == json.loads((pack / "parity.json").read_text())
+
+
+# --- figures
+
+
+def test_figures_of_equal_logits_are_nothing_and_of_known_ones_are_known() -> None:
+    ids = [0, 1, 0]
+    logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]], dtype=np.float32))
+    same = summarize([compare(logits, logits + 3, ids)])
+    assert same["kld_max"] < 1e-12
+    assert same["top1"] == 1.0
+    assert same["ppl_ratio"] == pytest.approx(1.0)
+    other = np.log(np.array([[0.25, 0.75]] * 3, dtype=np.float32))
+    far = summarize([compare(logits, other, ids)])
+    half = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    nine = 0.9 * np.log(0.9 / 0.25) + 0.1 * np.log(0.1 / 0.75)
+    assert far["kld_mean"] == pytest.approx((2 * half + nine) / 3)
+    assert far["ppl"] == pytest.approx((0.75 * 0.25) ** -0.5)
+    assert far["ppl_reference"] == pytest.approx((0.5 * 0.9) ** -0.5)
+    assert far["tokens_clear"] == 1
+    assert far["top1_clear"] == 0.0
+
+
+def test_shape_with_tied_embeddings_and_deep_layers_passes(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    shape = replace(pico.LLAMA, tied=True, layers=3)
+    base = pico.write_model(tmp_path / "b", shape, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    run(tmp_path / "p", quants=["f16"], base=base, adapter=adapter)
+    [verdict] = check(tmp_path / "p", Sources(str(base), str(adapter))).verdicts
+    assert verdict.failed is None
+
+
+def test_library_imports_nothing_heavy_until_it_works() -> None:
+    program = (
+        "import sys, medllm_pack.parity.run, medllm_pack.cli.parity; "
+        "print({'torch', 'transformers', 'peft', 'safetensors'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
