@@ -90,6 +90,19 @@ def disk_free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def memory_available() -> int:
+    """Return the bytes of memory that programs and page cache may still take.
+
+    Where the system does not say, a number that nothing reaches.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024
+
+
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
     """Turn an OSError of writing into a WriteError that names the file and the remedy."""

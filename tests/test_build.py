@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -501,3 +502,18 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(tmp_path: Path, se
     assert len(content) == layout.size
     assert digest == hashlib.sha256(content).hexdigest()
     assert read_gguf(tmp_path / "x.gguf").tensors == layout.slots
+
+
+def test_build_larger_than_memory_gives_the_same_bytes(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what was read is dropped from the page cache."""
+    advised = []
+    original = os.posix_fadvise
+    for place in "ab":
+        run(tmp_path / place, quants=["f16"], base=llama_folder, adapter=llama_adapter)
+        monkeypatch.setattr("medllm_pack.files.memory_available", lambda: 1_000_000)
+        monkeypatch.setattr(os, "posix_fadvise", lambda *a: (advised.append(a), original(*a))[1])
+    assert advised
+    for name in ("Pico-F16.gguf", "pack.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -176,6 +176,8 @@ def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tupl
             file.file: stack.enter_context(closing(Output(folder / file.file, file.layout)))
             for file in plan.files
         }
+        if plan.bytes_to_read + plan.bytes_to_write > files.memory_available():
+            source.forget_what_was_read()
         specs = list(source.tensors.values())
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)

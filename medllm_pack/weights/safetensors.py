@@ -104,6 +104,9 @@ class TensorFile:
 
     Read in the order of the file, the SHA-256 costs no second pass: every byte is hashed as it
     comes by. What was skipped or read out of order is read again for :meth:`digest`.
+
+    Attributes:
+        forgetful: whether what was read is dropped from the page cache.
     """
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
@@ -113,6 +116,7 @@ class TensorFile:
             CheckpointError: if the file is missing or breaks a rule of the format.
         """
         self.name = name or path.name
+        self.forgetful = False
         self._fd = _open_regular(path, self.name)
         try:
             self._status = os.fstat(self._fd)
@@ -168,6 +172,9 @@ class TensorFile:
                     "it was cut short while it was read"
                 )
             done += n
+        if self.forgetful:
+            # Advice only: what was read once leaves the page cache to what is being written.
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
         if offset == self._hashed:
             self._hash.update(data.data)
             self._hashed += size
@@ -243,6 +250,11 @@ class Checkpoint:
     def values(self, rows: Rows) -> Values:
         """Return the exact values of rows that were read."""
         return rows.values()
+
+    def forget_what_was_read(self) -> None:
+        """Leave the page cache to others: from now on nothing that was read stays in it."""
+        for file in self.files.values():
+            file.forgetful = True
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Return size and SHA-256 of every file, by name."""
