@@ -508,12 +508,17 @@ def test_build_larger_than_memory_gives_the_same_bytes(
     tmp_path: Path, llama_folder: Path, llama_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what was read is dropped from the page cache."""
-    advised = []
-    original = os.posix_fadvise
+    advised: list[tuple[int, int, int, int]] = []
+    really_advise = os.posix_fadvise
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        advised.append((fd, offset, length, advice))
+        really_advise(fd, offset, length, advice)
+
     for place in "ab":
         run(tmp_path / place, quants=["f16"], base=llama_folder, adapter=llama_adapter)
         monkeypatch.setattr("medllm_pack.files.memory_available", lambda: 1_000_000)
-        monkeypatch.setattr(os, "posix_fadvise", lambda *a: (advised.append(a), original(*a))[1])
+        monkeypatch.setattr(os, "posix_fadvise", advise)
     assert advised
     for name in ("Pico-F16.gguf", "pack.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
