@@ -97,7 +97,7 @@ def test_variant_is_byte_for_byte_what_llama_quantize_makes(
     )
 
 
-@pytest.mark.parametrize("name", ["F16", "F32", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "TQ1_0"])
+@pytest.mark.parametrize("name", FREE)
 def test_file_is_a_fixed_point_of_llama_cpps_copy(deep: Path, tmp_path: Path, name: str) -> None:
     """`ollama create` copies every GGUF like this: the digest must survive."""
     llama_worker.quantize(variant(deep, name), tmp_path / "copy.gguf", only_copy=True)
