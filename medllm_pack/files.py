@@ -25,6 +25,7 @@ from medllm_pack.errors import SourceError, WriteError, shown
 
 _HASH_CHUNK = 4 << 20  # bytes; the size cannot change the digest
 _LOCK_NAME = ".lock"
+_OLD = "old-"  # a folder set aside while its successor takes the name
 
 
 def sha256(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
@@ -162,16 +163,18 @@ def _take_name(partial: Path, target: Path, *, replace: bool) -> None:
         raise WriteError(f"{shown(target)} exists; --force replaces it, --out writes elsewhere")
     else:
         # Two renames: a reader sees the old pack, for an instant none, then the new one.
-        old = target.parent / f"{_prefix(target)}old-{secrets.token_hex(4)}"
+        old = target.parent / f"{_prefix(target)}{_OLD}{secrets.token_hex(4)}"
         os.rename(target, old)
         os.rename(partial, target)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(target.parent)
 
 
 def _remove_stale(target: Path) -> None:
     for path in target.parent.glob(f"{_prefix(target)}*"):
-        if _is_abandoned(path):
+        if path.name.startswith(f"{_prefix(target)}{_OLD}") and not target.exists():
+            os.rename(path, target)  # killed between two renames: what was there comes back
+        elif _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
