@@ -12,6 +12,8 @@ MedllmError                 1   could not be done
 ├── GGUFError               1   a GGUF file breaks the format's rules
 ├── PlanError               1   the build cannot start (all reasons are listed)
 ├── WriteError              1   the output could not be written
+├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
+├── ServerError             1   an Ollama server cannot be reached or does not answer as documented
 └── CheckFailedError        3   done, but a check says no
 
 A message names the thing, the fact and the next step, in one line.
@@ -69,6 +71,14 @@ class GGUFError(MedllmError):
 
 class WriteError(MedllmError):
     """The output could not be written."""
+
+
+class WorkerError(MedllmError):
+    """llama.cpp did not do a job; the message says how it ended."""
+
+
+class ServerError(MedllmError):
+    """An Ollama server cannot be reached, or does not answer as documented."""
 
 
 class CheckFailedError(MedllmError):

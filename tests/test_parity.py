@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from medllm_pack.cli.parity import parity
-from medllm_pack.errors import CheckFailedError, MedllmError, SourceError, UsageError
+from medllm_pack.errors import (
+    CheckFailedError,
+    MedllmError,
+    SourceError,
+    UsageError,
+    WorkerError,
+)
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import worker
@@ -392,7 +398,7 @@ def test_abort_in_llama_cpp_is_a_finding_with_its_signal(pack: Path, inputs: Sou
     ],
 )
 def test_worker_that_ends_badly_is_an_error_with_its_reason(program: str, reason: str) -> None:
-    with pytest.raises(worker.WorkerError, match=reason):
+    with pytest.raises(WorkerError, match=reason):
         worker.call("logits", timeout=1 if "sleep" in program else 60,
                     command=[sys.executable, "-c", program])  # fmt: skip
 

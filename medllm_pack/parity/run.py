@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from medllm_pack import files
-from medllm_pack.errors import CheckFailedError, GGUFError, SourceError, shown
+from medllm_pack.errors import CheckFailedError, GGUFError, SourceError, WorkerError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.pack.manifest import read_manifest
 from medllm_pack.parity import limits, record, worker
@@ -187,7 +187,7 @@ class _Ladder:
         self.report.step(f"tokens of {climb.quant}")
         try:
             answer = worker.call("tokenize", model=str(climb.path.resolve()), texts=list(STRINGS))
-        except worker.WorkerError as error:
+        except WorkerError as error:
             return broken("tokens.ids", str(error))
         return check_ids(answer["ids"], self.tokenizer)
 
@@ -202,7 +202,7 @@ class _Ladder:
                 "continue", model=str(climb.path.resolve()), prompts=prompts,
                 tokens=_NEW_TOKENS, threads=self.threads,
             )  # fmt: skip
-        except worker.WorkerError as error:
+        except WorkerError as error:
             climb.unwritten = str(error)
             return
         climb.written = [Written(p, i) for p, i in zip(prompts, answer["ids"], strict=True)]
@@ -220,7 +220,7 @@ class _Ladder:
                 "logits", model=str(climb.path.resolve()), sequences=[list(s) for s in sequences],
                 folder=str(temporary), threads=self.threads,
             )  # fmt: skip
-        except worker.WorkerError as error:
+        except WorkerError as error:
             climb.checks.append(broken("logits", str(error)))
             return
         paths = [temporary / name for name in answer["files"]]

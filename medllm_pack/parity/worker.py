@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import medllm_pack
-from medllm_pack.errors import MedllmError, shown
+from medllm_pack.errors import MedllmError, WorkerError, shown
 
 Command = Sequence[str]
 
@@ -28,10 +28,6 @@ DAY = 24 * 3600.0
 COMMAND: Command = (sys.executable, "-P", "-m", "medllm_pack.parity.worker")
 # What the loader of shared libraries needs, and nothing that could hold a secret.
 _KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")
-
-
-class WorkerError(MedllmError):
-    """llama.cpp did not do a job; the message says how it ended."""
 
 
 def call(

@@ -1,1 +1,1 @@
-"""From a pack to the people who run it: registries, the Hub, a bundle for a stick, and the way back."""
+"""From a pack to the people who run it: registries, the Hub, a bundle, and the way back."""
