@@ -10,14 +10,10 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from medllm_pack.errors import MedllmError, shown
+from medllm_pack.errors import DigestError, shown
 
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _ALGORITHM = "sha256"
-
-
-class DigestError(MedllmError):
-    """A text that should be a digest is not one."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -10,6 +10,7 @@ MedllmError                 1   could not be done
 ├── ImportanceError         1   an importance matrix is missing, damaged or of another model
 ├── ModelfileError          1   a text would not survive the Modelfile unharmed
 ├── GGUFError               1   a GGUF file breaks the format's rules
+├── DigestError             1   a text that should be a SHA-256 digest is not one
 ├── PlanError               1   the build cannot start (all reasons are listed)
 ├── WriteError              1   the output could not be written
 ├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
@@ -67,6 +68,10 @@ class ModelfileError(MedllmError):
 
 class GGUFError(MedllmError):
     """A GGUF file breaks the format's rules."""
+
+
+class DigestError(MedllmError):
+    """A text that should be a SHA-256 digest is not one."""
 
 
 class WriteError(MedllmError):
