@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import pico
+from tests import packs, pico
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +39,12 @@ def llama_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mistral_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA for the Mistral-like checkpoint."""
     return pico.write_adapter(tmp_path_factory.mktemp("lora") / "b", pico.MISTRAL)
+
+
+@pytest.fixture(scope="session")
+def built_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of f16 and q4_k_m named clinica:7b; not to be changed."""
+    return packs.build_pack(tmp_path_factory.mktemp("pack") / "p")
 
 
 @pytest.fixture(autouse=True)

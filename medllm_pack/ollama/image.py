@@ -10,9 +10,22 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from medllm_pack.digests import Digest
+
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"  # Ollama reads no other
+
+
+class Source(Protocol):
+    """Bytes that can be read from their start, again and again."""
+
+    def open(self) -> BinaryIO:
+        """Open the bytes for reading.
+
+        Raises:
+            OSError: if they cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,13 @@ class Blob:
     Attributes:
         media_type: as it stands in the manifest.
         size: bytes.
-        source: the file, or the bytes themselves where they are few.
+        source: the file, the bytes themselves where they are few, or whoever opens them.
     """
 
     media_type: str
     digest: Digest
     size: int
-    source: Path | bytes = field(repr=False)
+    source: Path | bytes | Source = field(repr=False)
 
     @classmethod
     def of(cls, data: bytes, media_type: str) -> Blob:
@@ -41,7 +54,13 @@ class Blob:
         Raises:
             OSError: if the file cannot be read.
         """
-        return self.source.open("rb") if isinstance(self.source, Path) else io.BytesIO(self.source)
+        match self.source:
+            case Path():
+                return self.source.open("rb")
+            case bytes():
+                return io.BytesIO(self.source)
+            case _:
+                return self.source.open()
 
     def descriptor(self) -> dict[str, str | int]:
         """Return the entry of a manifest."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from medllm_pack.ollama.image import DOCKER_MANIFEST as DOCKER_MANIFEST
 from medllm_pack.ollama.image import Blob, Image
 
-DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 # The pack's papers (pack.json, card, licence, parity, provenance, …), one layer a file; the file's

@@ -1,0 +1,150 @@
+"""The papers of a pack on their way: everything but the weights, attached to an image by digest.
+
+An attached manifest is an OCI artifact whose subject is the image, with one layer a file; the
+file's name is its annotation ``org.opencontainers.image.title``. Names from outside are checked
+here before anything becomes a path. Knows nothing of registries or archives.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from medllm_pack import files
+from medllm_pack.digests import Digest
+from medllm_pack.errors import SourceError, shown
+from medllm_pack.ollama import gojson
+from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT
+
+SUMS: Final = "SHA256SUMS"
+# What cannot be in SHA256SUMS: itself, and a signature over all files.
+_BESIDE: Final = (SUMS, "model.sig")
+TITLE: Final = "org.opencontainers.image.title"
+# image-spec, manifest.md, "guidance for an empty descriptor".
+_EMPTY: Final = Blob.of(b"{}", "application/vnd.oci.empty.v1+json")
+
+_MEDIA_TYPES: Final[Mapping[str, str]] = {
+    "pack.json": PACK_ARTIFACT,
+    "model.sig": "application/vnd.dev.sigstore.bundle.v0.3+json",
+    ".json": "application/json",
+    ".md": "text/markdown",
+}
+_OTHERS: Final = "text/plain"
+
+# One path component that every file system takes: the names that packs have, and no others.
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+\-]{0,127}", re.ASCII)
+_DEVICES: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_SUM: Final = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n", re.ASCII)
+
+
+def checked_name(name: object, *, of: str) -> str:
+    """Return a file name that may be joined to a folder.
+
+    Args:
+        name: text from outside.
+        of: what it is the name of, for the message.
+
+    Raises:
+        SourceError: if it is not one plain component.
+    """
+    if (
+        not isinstance(name, str)
+        or not _NAME.fullmatch(name)
+        or _DEVICES.fullmatch(name)
+        or name.endswith(".")
+    ):
+        raise SourceError(
+            f"{of} names a file {shown(name)}; only plain names of ASCII letters, digits, '.', "
+            "'_', '+' and '-' are accepted"
+        )
+    return name
+
+
+def read_sums(data: bytes, *, of: str) -> dict[str, Digest]:
+    """Return name -> digest of a SHA256SUMS file; ``of`` names it in messages.
+
+    Raises:
+        SourceError: if a line is not one that this package writes, or a name stands twice.
+    """
+    text = data.decode("utf-8", "replace")
+    lines = _SUM.findall(text)
+    sums = {checked_name(name, of=of): Digest(hex_) for hex_, name in lines}
+    if len(sums) != len(lines) or "".join(f"{h}  {n}\n" for h, n in lines) != text:
+        raise SourceError(f"{of} has a line that is not '<64 hex>  NAME', or a name twice")
+    return sums
+
+
+def read_papers(
+    folder: Path, *, weights: Iterable[str]
+) -> tuple[dict[str, Digest], dict[str, Blob]]:
+    """Return the digests of SHA256SUMS, and every paper by its name, checked against them.
+
+    Args:
+        folder: the pack.
+        weights: names of the GGUF files, which are not papers.
+
+    Raises:
+        SourceError: if a paper is missing or was changed.
+    """
+    place = f"{SUMS} in {shown(folder)}"
+    sums = read_sums(files.read_small(folder / SUMS), of=place)
+    beside = [name for name in _BESIDE if (folder / name).exists()]
+    papers: dict[str, Blob] = {}
+    for name in sorted({*sums, *beside} - set(weights)):
+        blob = Blob.of(files.read_small(folder / name), media_type(name))
+        if name in sums and blob.digest != sums[name]:
+            raise SourceError(
+                f"{shown(name)} in {shown(folder)} is not what {SUMS} says; build the pack again"
+            )
+        papers[name] = blob
+    return sums, papers
+
+
+def media_type(name: str) -> str:
+    """Return the media type of a paper, by its name."""
+    return _MEDIA_TYPES.get(name) or _MEDIA_TYPES.get(Path(name).suffix, _OTHERS)
+
+
+def attach(image: Image, papers: Mapping[str, Blob]) -> Image:
+    """Return the manifest that attaches papers to an image."""
+    layers = [
+        paper.descriptor() | {"annotations": {TITLE: name}}
+        for name, paper in sorted(papers.items())
+    ]
+    subject: dict[str, gojson.Value] = {
+        "mediaType": image.media_type,
+        "digest": str(image.digest),
+        "size": len(image.manifest),
+    }
+    manifest: dict[str, gojson.Value] = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": PACK_ARTIFACT,
+        "config": _EMPTY.descriptor(),
+        "layers": layers,
+        "subject": subject,
+    }
+    blobs = tuple(paper for _, paper in sorted(papers.items()))
+    return Image(OCI_MANIFEST, gojson.encode(manifest), _EMPTY, blobs)
+
+
+def names_of(manifest: bytes) -> dict[str, Digest]:
+    """Return file name -> digest of an attached manifest.
+
+    Raises:
+        SourceError: if a name may not become a path or stands twice, or there are none.
+        DigestError: if a digest is none.
+    """
+    document: Any = json.loads(manifest)
+    try:
+        pairs = [(layer["annotations"][TITLE], layer["digest"]) for layer in document["layers"]]
+    except (KeyError, TypeError) as error:
+        raise SourceError("the attached papers have no names; they are not a pack's") from error
+    names = {checked_name(name, of="an attached manifest"): Digest.parse(d) for name, d in pairs}
+    if len({name.casefold() for name in names}) != len(pairs):
+        raise SourceError("an attached manifest has a file name twice")
+    return names
