@@ -15,6 +15,7 @@ MedllmError                 1   could not be done
 ├── WriteError              1   the output could not be written
 ├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
 ├── ServerError             1   an Ollama server cannot be reached or does not answer as documented
+├── TransferError           1   a registry, or the way to it, does not let bytes or a login through
 └── CheckFailedError        3   done, but a check says no
 
 A message names the thing, the fact and the next step, in one line.
@@ -84,6 +85,10 @@ class WorkerError(MedllmError):
 
 class ServerError(MedllmError):
     """An Ollama server cannot be reached, or does not answer as documented."""
+
+
+class TransferError(MedllmError):
+    """A registry, or the way to it, does not let bytes or a login through."""
 
 
 class CheckFailedError(MedllmError):
