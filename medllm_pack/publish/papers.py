@@ -132,6 +132,11 @@ def attach(image: Image, papers: Mapping[str, Blob]) -> Image:
     return Image(OCI_MANIFEST, gojson.encode(manifest), _EMPTY, blobs)
 
 
+def is_pack(attached: Image) -> bool:
+    """Say whether an attached manifest holds a pack's papers, and not something else."""
+    return bool(json.loads(attached.manifest).get("artifactType") == PACK_ARTIFACT)
+
+
 def names_of(manifest: bytes) -> dict[str, Digest]:
     """Return file name -> digest of an attached manifest.
 

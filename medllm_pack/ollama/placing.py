@@ -1,0 +1,137 @@
+"""Bring a blob to a path: by reflink, by hard link, or by a copy that is digested on the way.
+
+A reflink shares the blocks of a file, a hard link the file itself; neither moves a byte, and both
+need the same file system. Files are made under a hidden name beside their place, synced, and only
+then renamed. Knows nothing of stores or packs.
+
+Memory: one buffer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+from medllm_pack.errors import SourceError
+from medllm_pack.files import sync_folder
+from medllm_pack.ollama.image import Blob
+
+How = Literal["reflink", "link", "copy"]
+
+_FICLONE: Final = 0x40049409  # linux/fs.h
+_CHUNK: Final = 4 << 20
+_MODE: Final = 0o644  # as Ollama gives its blobs
+
+
+def place(
+    blob: Blob, target: Path, *, advance: Callable[[int], None] = lambda _: None, share: bool = True
+) -> How:
+    """Make ``target`` hold a blob, replacing what is there; return how.
+
+    Args:
+        blob: a blob in a file is shared where the file system can, and is trusted to have its
+            digest; whatever is copied is digested.
+        target: in a folder that exists.
+        advance: told of the bytes that are copied.
+        share: False copies in any case.
+
+    Raises:
+        SourceError: if the bytes that were copied are not those of the digest.
+        OSError: if the file system says no.
+    """
+    with _beside(target) as partial:
+        how: How = "copy"
+        if share and isinstance(blob.source, Path):
+            how = _shared(blob.source, partial)
+        if how == "copy":
+            copy(blob, partial, advance=advance)
+    return how
+
+
+def copy(blob: Blob, path: Path, *, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Write a blob to a new file and sync it; its size and digest are checked.
+
+    Raises:
+        SourceError: if they are others than the blob's.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+    with os.fdopen(fd, "wb", buffering=0) as out, blob.open() as file:
+        check(blob, file, each=lambda data: _write(out, data), advance=advance)
+        os.fsync(fd)
+
+
+def check(
+    blob: Blob,
+    file: BinaryIO,
+    *,
+    each: Callable[[memoryview], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Read a blob to its end, at most one byte too far, and compare size and digest.
+
+    Raises:
+        SourceError: if they are others than the blob's.
+    """
+    digest, size = hashlib.sha256(), 0
+    while data := file.read(min(_CHUNK, blob.size + 1 - size)):
+        size += len(data)
+        digest.update(data)
+        each(memoryview(data))
+        advance(len(data))
+        if size > blob.size:
+            break
+    if size != blob.size or digest.hexdigest() != blob.digest.hex:
+        more = "more than " if size > blob.size else ""
+        raise SourceError(
+            f"what should be {blob.digest} ({blob.size} bytes) is something else ({more}"
+            f"{min(size, blob.size)} bytes, sha256:{digest.hexdigest()[:12]}…); fetch it again"
+        )
+
+
+def _shared(source: Path, partial: Path) -> How:
+    """Make ``partial`` share the bytes of a file; return ``copy`` if it cannot."""
+    real = source.resolve()  # link(2) would link a symbolic link itself
+    if _reflinked(real, partial):
+        return "reflink"
+    try:
+        os.link(real, partial)
+    except OSError:  # another file system, one without links, too many links, not permitted
+        return "copy"
+    return "link"
+
+
+def _reflinked(source: Path, partial: Path) -> bool:
+    with source.open("rb") as file:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+        try:
+            fcntl.ioctl(fd, _FICLONE, file.fileno())
+            os.fsync(fd)
+        except OSError:
+            partial.unlink()
+            return False
+        finally:
+            os.close(fd)
+    return True
+
+
+def _write(out: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) :]
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+        partial.unlink(missing_ok=True)  # rename(2) of two links to one file leaves both
+        sync_folder(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
