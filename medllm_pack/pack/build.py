@@ -25,7 +25,7 @@ from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import read_gguf
-from medllm_pack.pack import card, manifest
+from medllm_pack.pack import manifest, papers
 from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.progress import Reporter, Silent
@@ -76,7 +76,9 @@ def build(plan: Plan, *, threads: int | None = None, report: Reporter | None = N
         for file in plan.files:
             _check_header(folder, file)
         document = manifest.describe(plan, inputs=inputs, digests=digests)
-        _write_papers(plan, folder, document, digests)
+        papers.write(
+            plan, folder, document, {name: digest for name, (_, digest) in digests.items()}
+        )
     return Built(out, document)
 
 
@@ -252,21 +254,3 @@ def _check_header(folder: Path, file: PlannedFile) -> None:
         raise WriteError(f"{error}; the disk did not keep what was written") from error
     if found.tensors != file.layout.slots:
         raise WriteError(f"{file.file} does not hold the planned tensors; the disk is not reliable")
-
-
-def _write_papers(
-    plan: Plan,
-    folder: Path,
-    document: manifest.Document,
-    digests: Digests,
-) -> None:
-    """Write everything of the pack but the weights; SHA256SUMS last."""
-    texts = {file.modelfile: plan.modelfile(file) for file in plan.files}
-    texts |= card.papers(plan, document)
-    texts["pack.json"] = files.canonical_json(document)
-    for name, text in texts.items():
-        files.write_text(folder / name, text)
-    sums = {name: files.sha256(folder / name) for name in texts}
-    sums |= {name: digest for name, (_, digest) in digests.items()}
-    lines = (f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-    files.write_text(folder / "SHA256SUMS", "".join(lines))

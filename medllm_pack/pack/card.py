@@ -1,29 +1,44 @@
-"""The papers of a pack: model card, licence, notice, use policy.
+"""The model card of a pack: README.md, from pack.json's content alone.
 
-Everything said comes from the recipe and from what was measured while building; nothing here has
-an opinion of its own. The front matter is what the Hugging Face Hub reads.
+Everything said comes from the recipe and from what was measured; nothing here has an opinion of its
+own, and nothing is read but the document, so that the card is made again when the document changes.
+The front matter is what the Hugging Face Hub reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medllm_pack.pack.plan import Plan
+from medllm_pack.pack.manifest import Document, recipe_of
+from medllm_pack.recipe import Recipe
 
-Document = dict[str, Any]
+NAME = "README.md"
 
 _OLLAMA_HINT = "ollama create {name} -f {modelfile}\nollama run {name}"
+_FRAMED = """The prompt is framed by the style `{style}` (TEMPLATE in the Modelfile).
+`SHA256SUMS` lists every file; check with `sha256sum -c SHA256SUMS`.
+"""
+_HEADS = ("variant", "mean KLD", "99 %", "same top token", "perplexity", "ratio", "verdict")
+# Figure of pack.json -> how a reader sees it.
+_FORMS = {
+    "kld_mean": ".2e",
+    "kld_p99": ".2e",
+    "top1": ".2%",
+    "ppl": ".5g",
+    "ppl_ratio": ".4f",
+}
 
 
-def papers(plan: Plan, document: Document) -> dict[str, str]:
-    """Return file name -> text of the card and of the licence's papers."""
-    texts = {duty.file: duty.text for duty in plan.duties if duty.text is not None}
-    if plan.recipe.license.notice:
-        texts["NOTICE"] = plan.recipe.license.notice + "\n"
-    texts["README.md"] = _front_matter(plan) + "\n" + "\n".join(_sections(plan, document))
-    return texts
+def card(document: Document) -> str:
+    """Return the text of README.md.
+
+    Raises:
+        SourceError: if the document holds no recipe that this version understands.
+    """
+    recipe = recipe_of(document)
+    return _front_matter(recipe) + "\n" + "\n".join(_sections(recipe, document))
 
 
 def human_bytes(size: int) -> str:
@@ -35,10 +50,10 @@ def human_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def _front_matter(plan: Plan) -> str:
-    card = plan.recipe.card
+def _front_matter(recipe: Recipe) -> str:
+    card = recipe.card
     fields: dict[str, object] = {
-        "license": plan.recipe.license.id,
+        "license": recipe.license.id,
         "language": card.languages,
         "base_model": card.base_model,
         "tags": [*card.tags, "gguf"],
@@ -49,14 +64,16 @@ def _front_matter(plan: Plan) -> str:
     return "\n".join(("---", *lines, "---", ""))
 
 
-def _sections(plan: Plan, document: Document) -> Iterator[str]:
-    card = plan.recipe.card
+def _sections(recipe: Recipe, document: Document) -> Iterator[str]:
+    card = recipe.card
     yield f"# {card.title}\n"
     yield f"{card.summary}\n"
-    if plan.deviations:
-        yield "This build departs from the published model: " + "; ".join(plan.deviations) + ".\n"
-    yield from _files(plan, document)
-    yield from _made_from(plan, document)
+    if departures := document["deviations"]:
+        yield "This build departs from the published model: " + "; ".join(departures) + ".\n"
+    yield from _files(recipe, document)
+    if document["parity"] is not None:
+        yield from _parity(document["parity"])
+    yield from _made_from(document)
     for title, text in (
         ("Training", card.training),
         ("Intended use", card.intended_use),
@@ -64,27 +81,55 @@ def _sections(plan: Plan, document: Document) -> Iterator[str]:
     ):
         if text:
             yield f"## {title}\n\n{text}\n"
-    yield from _license(plan)
+    yield from _license(recipe, document)
     if card.citation:
         yield f"## Citation\n\n```bibtex\n{card.citation.strip()}\n```\n"
 
 
-def _files(plan: Plan, document: Document) -> Iterator[str]:
+def _files(recipe: Recipe, document: Document) -> Iterator[str]:
     yield "## Files\n"
     yield "| file | size | bits per weight | SHA-256 |\n| --- | --- | --- | --- |"
     for variant in document["variants"]:
         size, bits = human_bytes(variant["size"]), variant["bits_per_weight"]
         yield f"| {variant['file']} | {size} | {bits:.2f} | `{variant['sha256']}` |"
     last = document["variants"][-1]
-    hint = _OLLAMA_HINT.format(name=plan.recipe.ollama, modelfile=last["modelfile"])
+    hint = _OLLAMA_HINT.format(name=recipe.ollama, modelfile=last["modelfile"])
     yield f"\nIn Ollama, from this folder:\n\n```\n{hint}\n```\n"
+    yield _FRAMED.format(style=document["template"]["name"])
+
+
+def _parity(parity: Document) -> Iterator[str]:
+    yield "## Is it still the same model?\n"
+    said = "Yes: every variant passed." if parity["passed"] else "**No: a variant failed.**"
+    texts = parity["texts"]
+    kind = "texts of whoever packed it" if texts["sha256"] is None else "synthetic notes"
     yield (
-        f"The prompt is framed by the style `{plan.style.name}` (TEMPLATE in the Modelfile).\n"
-        "`SHA256SUMS` lists every file; check with `sha256sum -c SHA256SUMS`.\n"
+        f"{said} Each was compared with the model it was made from (transformers, the adapter "
+        f"unmerged, in float32) over {texts['count']} {kind}. KLD is the KL divergence of the "
+        "predictions, in nats a token; the ratio is that of the perplexities.\n"
+    )
+    yield f"| {' | '.join(_HEADS)} |\n| --- {'| --: ' * (len(_HEADS) - 2)}| --- |"
+    for variant in parity["variants"]:
+        figures = (_shown(variant.get(name), form) for name, form in _FORMS.items())
+        yield f"| {variant['quant']} | {' | '.join(figures)} | {_verdict(variant)} |"
+    yield (
+        "\nThis says that the files hold the model, not that the model is right: nothing here "
+        "measures clinical validity. Every check is in `parity.json`.\n"
     )
 
 
-def _made_from(plan: Plan, document: Document) -> Iterator[str]:
+def _shown(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "–"
+
+
+def _verdict(variant: Mapping[str, Any]) -> str:
+    if variant["passed"]:
+        return "passed"
+    failed = variant.get("failed")
+    return f"**failed** at {failed}" if failed else "**failed**"
+
+
+def _made_from(document: Document) -> Iterator[str]:
     yield "## Made from\n"
     for entry in document["inputs"]:
         revision = f" at revision `{entry['revision']}`" if entry["revision"] else ""
@@ -105,16 +150,16 @@ def _made_from(plan: Plan, document: Document) -> Iterator[str]:
     yield "Digests of every input file are in `pack.json`.\n"
 
 
-def _license(plan: Plan) -> Iterator[str]:
-    license_ = plan.recipe.license
+def _license(recipe: Recipe, document: Document) -> Iterator[str]:
+    license_ = recipe.license
     link = f" ({license_.link})" if license_.link else ""
     yield f"## Licence\n\n{license_.name}{link}.\n"
     if license_.notice:
         yield f"{license_.notice}\n"
     if license_.remark:
         yield f"{license_.remark}\n"
-    if plan.open_duties:
+    if missing := document["license"]["missing"]:
         yield (
             "**Not to be published as it is**: the licence asks for "
-            f"{', '.join(plan.open_duties)}, which was not at hand.\n"
+            f"{', '.join(missing)}, which was not at hand.\n"
         )

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from pydantic import ValidationError
 
 import medllm_pack
 from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.quant import ggml
-from medllm_pack.recipe import Recipe
+from medllm_pack.recipe import Recipe, problems_of
 from medllm_pack.weights import lora
 from medllm_pack.weights.sources import LocalCopy, parse_source
 
@@ -87,6 +88,19 @@ def read_manifest(folder: Path) -> Document:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise SourceError(f"{NAME} in {shown(folder)} is not of schema {SCHEMA}")
     return document
+
+
+def recipe_of(document: Document) -> Recipe:
+    """Return the recipe that a pack was built with; a folder of weights is called ``folder``.
+
+    Raises:
+        SourceError: if this version does not understand it.
+    """
+    try:
+        return Recipe.model_validate(document.get("recipe"))
+    except ValidationError as error:
+        problem = problems_of(error, Recipe)[0]
+        raise SourceError(f"the recipe in {NAME} is not one of this version: {problem}") from error
 
 
 def _portable(recipe: Recipe) -> Document:

@@ -19,6 +19,7 @@ from typing import Any
 from medllm_pack import files
 from medllm_pack.errors import CheckFailedError, GGUFError, SourceError, WorkerError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.pack import papers
 from medllm_pack.pack.manifest import read_manifest
 from medllm_pack.parity import limits, record, worker
 from medllm_pack.parity.checks import CAUSES, Check, Verdict, broken, skipped
@@ -116,6 +117,7 @@ def check_pack(
     """
     require_extra()
     manifest = read_manifest(folder)
+    papers.derived(manifest)  # a pack.json that could not be written again is refused now
     original = find_original(manifest, sources or Sources(), report=report)
     ladder = _Ladder(original, threads or len(os.sched_getaffinity(0)), report)
     climbs = [_climb(folder, entry) for entry in manifest["variants"]]
