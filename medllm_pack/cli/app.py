@@ -13,6 +13,7 @@ import typer
 from medllm_pack.cli import console, show
 from medllm_pack.cli import options as o
 from medllm_pack.cli.console import Output
+from medllm_pack.cli.install import install
 from medllm_pack.cli.parity import parity
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def inspect(
 
 
 app.command()(parity)
+app.command()(install)
 
 
 @recipes.command("list")

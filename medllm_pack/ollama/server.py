@@ -11,12 +11,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 from urllib.parse import urlsplit
 
+from medllm_pack.digests import Digest
 from medllm_pack.errors import ServerError, UsageError, shown
+from medllm_pack.ollama.image import Blob
 
 Document = dict[str, Any]
 
@@ -122,6 +124,46 @@ class Server:
             question["system"] = system
         return _text(self.call("POST", "/api/generate", question), "response")
 
+    def models(self) -> dict[str, str]:
+        """Return name -> manifest digest in hex of every model the server has."""
+        listed = self.call("GET", "/api/tags").get("models") or []
+        if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+            raise ServerError(f"{self.address}/api/tags lists no models; is it Ollama?")
+        return {_text(item, "name"): str(item.get("digest", "")) for item in listed}
+
+    def has_blob(self, digest: Digest) -> bool:
+        """Say whether the server's store holds a blob."""
+        status = self._blob("HEAD", digest, None, {})
+        if status not in (http.client.OK, http.client.NOT_FOUND):
+            raise ServerError(f"{self.address} answered {status} when asked for a blob")
+        return status == http.client.OK
+
+    def send_blob(self, blob: Blob, *, advance: Callable[[int], None]) -> None:
+        """Send a blob's bytes; the server compares them with the digest."""
+        with blob.open() as file:
+            body = _Counted(file, advance)
+            status = self._blob("POST", blob.digest, body, {"Content-Length": str(blob.size)})
+        if status not in (http.client.OK, http.client.CREATED):
+            raise ServerError(f"{self.address} answered {status} to the blob {blob.digest}")
+
+    def create(self, model: str, question: Document) -> None:
+        """Make a model of blobs that the server has; ``question`` as /api/create takes it."""
+        self.call("POST", "/api/create", {"model": model, "stream": False} | question)
+
+    def _blob(self, method: str, digest: Digest, body: Any, headers: dict[str, str]) -> int:
+        path = f"/api/blobs/{digest}"
+        connection = self.connect(timeout=self.timeout)
+        connection.blocksize = 1 << 20
+        try:
+            connection.request(method, self.address.path + path, body, headers)
+            with connection.getresponse() as response:
+                response.read(_ANSWER_LIMIT)
+                return response.status
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(path, error) from error
+        finally:
+            connection.close()
+
     def call(
         self, method: str, path: str, question: Document | None = None, *, timeout: float = 0
     ) -> Document:
@@ -176,6 +218,18 @@ class Server:
         if not isinstance(document, dict):
             raise ServerError(f"{self.address}{path} answered no JSON object; is it Ollama?")
         return document
+
+
+class _Counted:
+    """A file that tells how much of it was read."""
+
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def read(self, n: int) -> bytes:
+        data = self._file.read(n)
+        self._advance(len(data))
+        return data
 
 
 def _text(document: Document, key: str) -> str:

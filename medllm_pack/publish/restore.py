@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from medllm_pack import files
 from medllm_pack.digests import Digest
-from medllm_pack.errors import MedllmError, ModelfileError, SourceError, shown
+from medllm_pack.errors import MedllmError, ModelfileError, SourceError, UsageError, shown
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.modelfile import PARAMETERS, Modelfile, render
@@ -57,6 +57,21 @@ def restore(
         for name in sorted(papers, key=lambda name: name == SUMS):  # SHA256SUMS last
             place(Blob.of(papers[name], ""), folder / name)
     return out
+
+
+def recipe_name(release: Release) -> str:
+    """Return the name that a release's recipe gives it in Ollama.
+
+    Raises:
+        UsageError: if the release has no pack.json to say so.
+    """
+    papers = _papers(release)
+    if papers is None:
+        raise UsageError("these images came without a pack's papers; say --name ns/model:tag")
+    try:
+        return str(json.loads(papers[PACK_JSON])["recipe"]["ollama"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError("the attached pack.json does not describe a pack") from error
 
 
 def _papers(release: Release) -> dict[str, bytes] | None:
