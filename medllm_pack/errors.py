@@ -16,7 +16,8 @@ MedllmError                 1   could not be done
 ├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
 ├── ServerError             1   an Ollama server cannot be reached or does not answer as documented
 ├── TransferError           1   a registry, or the way to it, does not let bytes or a login through
-└── CheckFailedError        3   done, but a check says no
+├── CheckFailedError        3   done, but a check says no
+└── GateError               3   a pack may not be published (all reasons are listed)
 
 A message names the thing, the fact and the next step, in one line.
 """
@@ -121,6 +122,12 @@ class RecipeError(ProblemsError):
 
 class PlanError(ProblemsError):
     """The build cannot start."""
+
+
+class GateError(ProblemsError):
+    """A pack may not be published as it is."""
+
+    exit_code = 3
 
 
 def shown(text: object) -> str:

@@ -1,0 +1,101 @@
+"""The shape that pack.json must have before anything in it is believed.
+
+A pack may come from anywhere. Names in it must be plain file names, digests 64 hex digits, numbers
+numbers; what is not described here is left alone, so that a newer pack can still be read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medllm_pack.errors import SourceError, shown
+from medllm_pack.pack import manifest
+
+# One component, no hidden file, nothing that a shell or a terminal would take for something else.
+_PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9._\-]{0,199}$"
+
+FileName = Annotated[str, Field(pattern=_PLAIN)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class _Variant(_Part):
+    quant: FileName
+    file: FileName
+    size: Count
+    sha256: Hex
+    parameters: Count
+    types: dict[str, Count]
+    modelfile: FileName
+
+
+class _InputFile(_Part):
+    name: str
+    size: Count
+    sha256: Hex
+
+
+class _Input(_Part):
+    role: str
+    source: str
+    revision: str | None
+    files: list[_InputFile]
+
+
+class _License(_Part):
+    id: str
+    name: str
+    files: list[FileName]
+    missing: list[FileName]
+
+
+class _Verdict(_Part):
+    quant: str
+    passed: bool
+
+
+class _Parity(_Part):
+    passed: bool
+    variants: list[_Verdict]
+
+
+class _Template(_Part):
+    name: str
+    sha256: Hex
+
+
+class _Pack(_Part):
+    name: FileName
+    recipe: dict[str, Any]
+    inputs: list[_Input]
+    deviations: list[str]
+    tools: dict[str, str]
+    variants: Annotated[list[_Variant], Field(min_length=1)]
+    template: _Template
+    license: _License
+    parity: _Parity | None
+
+
+def read_pack(folder: Path) -> manifest.Document:
+    """Return the content of a pack's pack.json, its shape checked.
+
+    Raises:
+        SourceError: if there is none, or something in it is not what it must be.
+    """
+    document = manifest.read_manifest(folder)
+    try:
+        _Pack.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SourceError(
+            f"{manifest.NAME} in {shown(folder)} is damaged at {shown(key)}: {first['msg'].lower()}"
+        ) from error
+    return document
