@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import packs, pico
+
+Renderer = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +51,38 @@ def mistral_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of f16 and q4_k_m named clinica:7b; not to be changed."""
     return packs.build_pack(tmp_path_factory.mktemp("pack") / "p")
+
+
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return tests/gotemplate, built."""
+    go = shutil.which("go")
+    if go is None:
+        pytest.skip("go is not installed; Debian has it as golang-go")
+    built = tmp_path_factory.mktemp("go") / "gotemplate"
+    command = [go, "build", "-o", str(built), "main.go"]
+    offline = {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local", "GOPROXY": "off"}
+    folder = Path(__file__).parent / "gotemplate"
+    subprocess.run(command, cwd=folder, env=os.environ | offline, check=True)
+    return built
+
+
+@pytest.fixture
+def ollama(program: Path) -> Renderer:
+    """Return a function that renders a template for a chat, the way Ollama does."""
+
+    def run(template: str, *chat: tuple[str, str], prompt: str = "", suffix: str = "") -> str:
+        request = {
+            "template": template,
+            "messages": [{"role": role, "content": content} for role, content in chat],
+            "prompt": prompt,
+            "suffix": suffix,
+        }
+        data = json.dumps(request).encode()
+        return subprocess.run(
+            [program], input=data, capture_output=True, check=True
+        ).stdout.decode()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

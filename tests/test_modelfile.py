@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import unicodedata
-from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +30,7 @@ from medllm_pack.ollama.modelfile import (
     template_sha256,
 )
 from medllm_pack.ollama.names import ModelName
+from tests.conftest import Renderer
 from tests.ollama_parser import Command, ParseError, parse
 
 STYLES = ("continuacao", "nota-clinica", "sumario-alta")
@@ -45,7 +44,6 @@ ANSWER = "Paciente hipertenso, com dor torácica em aperto há 2 horas."
 SECOND = "ECG sem supradesnivelamento de ST."
 
 Chat = list[tuple[str, str]]
-Renderer = Callable[..., str]
 
 
 # What is written is what Ollama reads.
@@ -476,39 +474,6 @@ def test_the_headings_of_the_frame_are_the_stops(name: str) -> None:
 
 
 # What Ollama makes of the styles, with Go's own text/template.
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return tests/gotemplate, built."""
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("go is not installed; Debian has it as golang-go")
-    built = tmp_path_factory.mktemp("go") / "gotemplate"
-    command = [go, "build", "-o", str(built), "main.go"]
-    offline = {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local", "GOPROXY": "off"}
-    folder = Path(__file__).parent / "gotemplate"
-    subprocess.run(command, cwd=folder, env=os.environ | offline, check=True)
-    return built
-
-
-@pytest.fixture
-def ollama(program: Path) -> Renderer:
-    """Return a function that renders a template for a chat, the way Ollama does."""
-
-    def run(template: str, *chat: tuple[str, str], prompt: str = "", suffix: str = "") -> str:
-        request = {
-            "template": template,
-            "messages": [{"role": role, "content": content} for role, content in chat],
-            "prompt": prompt,
-            "suffix": suffix,
-        }
-        data = json.dumps(request).encode()
-        return subprocess.run(
-            [program], input=data, capture_output=True, check=True
-        ).stdout.decode()
-
-    return run
 
 
 def chats(system: str) -> dict[str, Chat]:

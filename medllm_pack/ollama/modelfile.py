@@ -3,8 +3,7 @@
 A style is a prompt template, a system text and sampling parameters; a :class:`Modelfile` adds the
 weights and the licence. Ollama's parser drops what it cannot print and ends a text at three quotes
 before a line break, both silently. Here a text goes through as it is or is refused, with place and
-remedy. Knows nothing of GGUF; the rules come from ollama parser/parser.go, template/template.go
-and api/types.go.
+remedy. Knows nothing of GGUF; the rules come from ollama parser/parser.go and api/types.go.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medllm_pack import resources
 from medllm_pack.errors import ModelfileError, RecipeError, SourceError, UsageError, shown
 from medllm_pack.files import read_small
+from medllm_pack.ollama.template import problems as template_problems
 from medllm_pack.recipe import problems_of
 
 ParameterValue = bool | int | float | Sequence[str]
@@ -61,10 +61,6 @@ _FLOAT32_MAX = 3.4028234663852886e38  # Ollama reads numbers with strconv.ParseF
 _FOLDER = "Modelfiles"
 _TEXT_LIMIT = 1 << 20  # bytes of a style's file; the context is 4096 tokens
 
-# What a template may do. Nothing here looks at what a message says, so no text can be slipped in
-# for some patients only.
-_ACTIONS: Final = {".System", ".Prompt", ".Response", "if .System", "if .Prompt", "end"}
-_ACTION = re.compile(r"\{\{(?:-(?=\s))?(.*?)(?:(?<=\s)-)?\}\}", re.DOTALL)
 # Ollama turns these into control tokens; the one BOS comes from tokenizer.ggml.add_bos_token.
 _CONTROL_TOKENS: Final = ("<s>", "</s>", "<unk>")
 
@@ -249,13 +245,13 @@ def _parameter_lines(parameters: Mapping[str, ParameterValue]) -> Iterator[str]:
 
 def _modelfile_problems(modelfile: Modelfile) -> Iterator[str]:
     yield from _from_problems(modelfile.from_)
-    yield from _parameters_problems(modelfile.parameters or {})
-    yield from _text_problems("TEMPLATE", modelfile.template)
+    yield from parameter_problems(modelfile.parameters or {})
+    yield from text_problems("TEMPLATE", modelfile.template)
     if not modelfile.template:
         yield "TEMPLATE is empty; Ollama would guess one, so write at least '{{ .Prompt }}'"
-    yield from _text_problems("SYSTEM", modelfile.system)
+    yield from text_problems("SYSTEM", modelfile.system)
     for number, text in enumerate(modelfile.license, 1):
-        yield from _text_problems(f"LICENSE {number}", text)
+        yield from text_problems(f"LICENSE {number}", text)
 
 
 def _from_problems(from_: str) -> Iterator[str]:
@@ -268,10 +264,11 @@ def _from_problems(from_: str) -> Iterator[str]:
 def _line_problems(label: str, text: str) -> Iterator[str]:
     if "\n" in text:
         yield f"{label}: {shown(text)} has more than one line; write it on one"
-    yield from _text_problems(label, text)
+    yield from text_problems(label, text)
 
 
-def _text_problems(label: str, text: str) -> Iterator[str]:
+def text_problems(label: str, text: str) -> Iterator[str]:
+    """Yield what Ollama would not read back of a text; ``label`` names it."""
     if (at := text.find('"""')) >= 0:
         yield (
             f"{_place(label, text, at)}: three quotes would end the text for Ollama, and what "
@@ -305,14 +302,15 @@ def _place(label: str, text: str, at: int) -> str:
     return f"{label}, line {line}, column {column}"
 
 
-def _parameters_problems(parameters: Mapping[str, Any]) -> Iterator[str]:
+def parameter_problems(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with parameters, their stops included."""
     for name, value in sorted(parameters.items()):
         if name not in PARAMETERS:
             yield _unknown_parameter(name)
         elif not _has_type(value, PARAMETERS[name]):
             yield f"parameter {name}: {shown(value)} is not {_MEANING[PARAMETERS[name]]}"
         elif name == "stop":
-            yield from _stop_problems(value)
+            yield from stop_problems(value)
 
 
 def _unknown_parameter(name: str) -> str:
@@ -335,9 +333,10 @@ def _has_type(value: object, kind: type) -> bool:
             return False
 
 
-def _stop_problems(stops: Sequence[str]) -> Iterator[str]:
+def stop_problems(stops: Sequence[str]) -> Iterator[str]:
+    """Yield the stops that are empty, unreadable or hidden behind another."""
     for number, stop in enumerate(stops):
-        yield from _text_problems("PARAMETER stop", stop)
+        yield from text_problems("PARAMETER stop", stop)
         if not stop:
             yield "PARAMETER stop: an empty text would end every answer at once; leave it out"
         for other_number, other in enumerate(stops):
@@ -353,7 +352,7 @@ def _stop_problems(stops: Sequence[str]) -> Iterator[str]:
 
 def _style_problems(template: str, *, system: str) -> Iterator[str]:
     for label, text in (("template.gotmpl", template), ("system.txt", system)):
-        yield from _text_problems(label, text)
+        yield from text_problems(label, text)
         for token in _CONTROL_TOKENS:
             if (at := text.find(token)) >= 0:
                 yield (
@@ -361,46 +360,7 @@ def _style_problems(template: str, *, system: str) -> Iterator[str]:
                     "out, the tokenizer adds the one that begins a text"
                 )
     if template:
-        yield from _template_problems(template)
-
-
-def _template_problems(template: str) -> Iterator[str]:
-    actions = [" ".join(action.split()) for action in _ACTION.findall(template)]
-    for action in dict.fromkeys(actions):
-        if action not in _ACTIONS:
-            yield (
-                f"template.gotmpl: '{{{{ {shown(action)[1:-1]} }}}}' is not one of the actions a "
-                f"style may use: {', '.join(sorted(_ACTIONS))}"
-            )
-    if "{{" in _ACTION.sub("", template):
-        yield "template.gotmpl: a '{{' has no '}}'; close it"
-    yield from _structure_problems(actions)
-
-
-def _structure_problems(actions: Sequence[str]) -> Iterator[str]:
-    depths = _depths(actions)
-    if depths is None:
-        yield "template.gotmpl: 'if' and 'end' do not match; close each 'if' with one 'end'"
-        return
-    if ".Prompt" not in actions:
-        yield "template.gotmpl: it has no {{ .Prompt }}; write it where the user's text goes"
-    # Ollama cuts the last turn after .Response and fails if that stands inside a branch.
-    if [depth for action, depth in depths if action == ".Response"] != [0]:
-        yield (
-            "template.gotmpl: {{ .Response }} must stand in it once and outside of 'if'; "
-            "write it where the answer begins"
-        )
-
-
-def _depths(actions: Sequence[str]) -> list[tuple[str, int]] | None:
-    """Return each action with the number of open ifs around it; None if they do not match."""
-    depth, depths = 0, []
-    for action in actions:
-        depths.append((action, depth))
-        depth += action.startswith("if ") - (action == "end")
-        if depth < 0:
-            return None
-    return depths if depth == 0 else None
+        yield from template_problems(template, label="template.gotmpl")
 
 
 # Reading a style's folder.
@@ -466,7 +426,7 @@ def _read_table(path: Path, *, problems: list[str]) -> _StyleTable | None:
     except ValidationError as error:
         problems += problems_of(error, _StyleTable)
     else:
-        problems += _parameters_problems({**table.parameters, "stop": table.stop})
+        problems += parameter_problems({**table.parameters, "stop": table.stop})
         if "stop" in table.parameters:
             problems.append("parameters.stop: stops stand beside the table; write stop = [...]")
         return table
