@@ -22,6 +22,7 @@ from medllm_pack.errors import MedllmError, SourceError, UsageError, WriteError
 from medllm_pack.ollama import store as store_module
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.ollama.names import ModelName
+from medllm_pack.ollama.placing import same_bytes
 from medllm_pack.ollama.store import Store, StoreAccessError, full_name
 from medllm_pack.progress import Silent
 from medllm_pack.publish.bundle import write_bundle
@@ -291,6 +292,56 @@ def test_another_file_system_gets_a_checked_copy(image: Image, tmp_path: Path) -
         assert not (root / "manifests/registry.ollama.ai/library/bad").exists()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system that shares blocks, in a file."""
+    if os.geteuid() != 0 or shutil.which("mkfs.btrfs") is None:
+        pytest.skip("needs root and btrfs-progs")
+    image, place = tmp_path / "fs", tmp_path / "mnt"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, place], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_blocks_are_shared_where_the_file_system_can(built_pack: Path, btrfs: Path) -> None:
+    folder = Path(shutil.copytree(built_pack, btrfs / "p"))
+    image = make_release(folder, quants=["q4_k_m"]).images[0].image
+    store = Store(btrfs / "s")
+    done = store.install(image, NAME, replace=False, report=Silent())
+    weights, blob = next(folder.glob("*Q4_K_M.gguf")), store.blob(image.layers[0].digest)
+    assert (done.copied, weights.stat().st_nlink, blob.stat().st_nlink) == (0, 1, 1)
+    assert weights.stat().st_ino != blob.stat().st_ino
+    assert same_bytes(weights, blob)
+    assert not same_bytes(next(folder.glob("*F16.gguf")), blob)
+    assert_whole(store.root, image.manifest)
+    before = blob.stat().st_ino
+    store.install(image, ModelName("other"), replace=False, report=Silent())
+    assert blob.stat().st_ino == before
+    data = bytearray(blob.read_bytes())
+    data[1 << 20] ^= 1
+    blob.write_bytes(data)
+    os.sync()
+    assert not same_bytes(weights, blob)
+    store.install(image, ModelName("third"), replace=False, report=Silent())
+    assert_whole(store.root, image.manifest)
+
+
+def test_files_of_equal_bytes_but_own_blocks_are_not_taken_for_shared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(range(256)) * 64)
+    os.link(tmp_path / "a", tmp_path / "c")
+    os.sync()
+    assert same_bytes(tmp_path / "a", tmp_path / "c")
+    assert not same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 # Other users.

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ from medllm_pack.ollama.image import Blob
 How = Literal["reflink", "link", "copy"]
 
 _FICLONE: Final = 0x40049409  # linux/fs.h
+# linux/fiemap.h: struct fiemap and struct fiemap_extent, without their reserved fields.
+_FIEMAP: Final = 0xC020660B
+_FIEMAP_HEAD: Final = struct.Struct("=QQIIII")
+_EXTENT: Final = struct.Struct("=QQQ16xI12x")
+_FIEMAP_SYNC, _LAST = 1, 1
+_NO_PLACE: Final = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200  # unknown, delayed, encoded, inline, …
+_AT_ONCE: Final = 512
 _CHUNK: Final = 4 << 20
 _MODE: Final = 0o644  # as Ollama gives its blobs
 
@@ -92,6 +100,44 @@ def check(
             f"what should be {blob.digest} ({blob.size} bytes) is something else ({more}"
             f"{min(size, blob.size)} bytes, sha256:{digest.hexdigest()[:12]}…); fetch it again"
         )
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Say whether two files are one file, or share all of their blocks: then no byte need be read.
+
+    False where the file system does not say.
+    """
+    if os.path.samefile(one, other):
+        return True
+    try:
+        return (extents := _extents(one)) is not None and extents == _extents(other)
+    except OSError:
+        return False
+
+
+def _extents(path: Path) -> list[tuple[int, int, int]] | None:
+    """Return logical place, physical place and length of every extent; None if one has no place."""
+    found: list[tuple[int, int, int]] = []
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while True:
+            start = found[-1][0] + found[-1][2] if found else 0
+            request = _FIEMAP_HEAD.pack(start, (1 << 64) - 1 - start, _FIEMAP_SYNC, 0, _AT_ONCE, 0)
+            buffer = bytearray(request + bytes(_AT_ONCE * _EXTENT.size))
+            fcntl.ioctl(fd, _FIEMAP, buffer)
+            n = _FIEMAP_HEAD.unpack_from(buffer)[3]
+            if n == 0:
+                return found
+            for i in range(n):
+                at = _FIEMAP_HEAD.size + i * _EXTENT.size
+                logical, physical, length, flags = _EXTENT.unpack_from(buffer, at)
+                if flags & _NO_PLACE:
+                    return None
+                found.append((logical, physical, length))
+            if flags & _LAST:
+                return found
+    finally:
+        os.close(fd)
 
 
 def _shared(source: Path, partial: Path) -> How:

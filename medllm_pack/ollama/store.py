@@ -25,7 +25,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.names import ModelName
-from medllm_pack.ollama.placing import check, place
+from medllm_pack.ollama.placing import check, place, same_bytes
 from medllm_pack.progress import Reporter
 
 # ollama types/model/name.go, DefaultName; manifest/paths.go for the second host.
@@ -154,7 +154,7 @@ class Store:
         return "copied" if how == "copy" else "shared"
 
     def _is_there(self, blob: Blob, target: Path, report: Reporter) -> bool:
-        """Say whether a blob is in the store: the very file of the pack, or one whose bytes fit."""
+        """Say whether a blob is in the store: the pack's own bytes, or a file whose digest fits."""
         try:
             status = os.lstat(target)
         except FileNotFoundError:
@@ -164,7 +164,7 @@ class Store:
         if status.st_size != blob.size:
             report.notice(f"{target.name} in the store was damaged and is replaced")
             return False
-        if isinstance(blob.source, Path) and os.path.samefile(blob.source, target):
+        if isinstance(blob.source, Path) and same_bytes(blob.source, target):
             return True
         return self._fits(blob, target, report)
 
