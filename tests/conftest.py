@@ -53,6 +53,7 @@ def built_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packs.build_pack(tmp_path_factory.mktemp("pack") / "p")
 
 
+@pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return tests/gotemplate, built."""
     go = shutil.which("go")
