@@ -28,7 +28,7 @@ from medllm_pack.progress import Reporter
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
-_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9._\-]{0,199})", re.ASCII)
+_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9._+\-]{0,199})", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError
-from medllm_pack.pack import card, manifest
+from medllm_pack.pack import bom, card, manifest, provenance
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.plan import Plan
 
@@ -32,6 +32,8 @@ def derived(document: Document) -> dict[str, str]:
         return {
             manifest.NAME: files.canonical_json(document),
             card.NAME: card.card(document),
+            provenance.NAME: files.canonical_json(provenance.provenance(document)),
+            bom.NAME: files.canonical_json(bom.bom(document)),
         }
     except KeyError as error:
         raise SourceError(f"{manifest.NAME} lacks {error}; build the pack again") from error

@@ -15,7 +15,7 @@ from medllm_pack.errors import SourceError, shown
 from medllm_pack.pack import manifest
 
 # One component, no hidden file, nothing that a shell or a terminal would take for something else.
-_PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9._\-]{0,199}$"
+_PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9._+\-]{0,199}$"
 
 FileName = Annotated[str, Field(pattern=_PLAIN)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
