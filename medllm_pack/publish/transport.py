@@ -1,0 +1,316 @@
+"""The door to HTTP: one request, its redirects by hand, its failures as our own.
+
+A login goes to the origin it was meant for and is dropped at any other. No proxy, netrc or other
+setting of the environment is read, except SSL_CERT_FILE and SSL_CERT_DIR, which OpenSSL honours.
+Knows nothing of registries. Memory: bodies are streamed; a body that is kept has a limit.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+from urllib.parse import urljoin
+
+import httpcore
+import httpx
+
+import medllm_pack
+from medllm_pack.errors import TransferError, shown
+from medllm_pack.publish.credentials import Secret
+from medllm_pack.publish.guard import GuardedTransport, Origin, host_name, is_loopback
+
+KEPT = 4 << 20  # bytes of an answer that is kept; the specification asks for 4 MiB of manifest
+PIECE = 1 << 20  # bytes that are read or written at a time
+_MOST_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_FAILURES = (
+    httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, httpcore.NetworkError,
+    httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol, OSError,
+)  # fmt: skip
+
+
+class InterruptedTransferError(TransferError):
+    """A connection failed or fell silent, or the server is busy: worth another try."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to insist.
+
+    Attributes:
+        tries: failures in a row after which it is given up.
+        first_wait_s: pause after the first; it doubles, and varies by a half.
+        longest_wait_s: bound of the pause, also where the server asks for more.
+        stall_s: silence after which a connection counts as dead.
+    """
+
+    tries: int = 6
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 30.0
+    stall_s: float = 60.0
+
+    def wait(self, failures: int, asked_s: float = 0.0) -> None:
+        """Sleep before the next try."""
+        pause = max(self.first_wait_s * 2.0 ** (failures - 1) * random.uniform(0.75, 1.25), asked_s)
+        time.sleep(min(pause, self.longest_wait_s))
+
+
+@dataclass(frozen=True)
+class Access:
+    """How the user lets us in.
+
+    Attributes:
+        insecure: plain HTTP is allowed for the registry.
+        ca: certificates to trust besides the system's.
+        allow_hosts: hosts of the local network that a registry may send us to.
+        auth_hosts: hosts that may be shown the registry's login.
+        transport: makes the connections; the tests' seam.
+    """
+
+    insecure: bool = False
+    ca: Path | None = None
+    allow_hosts: tuple[str, ...] = ()
+    auth_hosts: tuple[str, ...] = ()
+    patience: Patience = Patience()
+    transport: Callable[[httpx.BaseTransport], httpx.BaseTransport] | None = field(
+        default=None, repr=False
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer whose body, if it was small, is at hand."""
+
+    status: int
+    headers: httpx.Headers
+    url: str
+    body: bytes = field(repr=False)
+
+
+class Door:
+    """Sends requests; use it as a context manager.
+
+    Args:
+        host: the registry, as the user named it.
+        access: what is allowed.
+    """
+
+    def __init__(self, host: str, access: Access) -> None:
+        self.access = access
+        self._host = host
+        named = {host_name(h) for h in (host, *access.allow_hosts, *access.auth_hosts)}
+        self._context = _certificates(access.ca)
+        transport: httpx.BaseTransport = GuardedTransport(frozenset(named), self._context)
+        self._client = httpx.Client(
+            transport=access.transport(transport) if access.transport else transport,
+            trust_env=False,
+            follow_redirects=False,
+            timeout=httpx.Timeout(access.patience.stall_s, connect=15.0),
+            headers={
+                "User-Agent": f"medllm-pack/{medllm_pack.__version__}",
+                "Accept-Encoding": "identity",
+            },
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def origin(self) -> Origin:
+        """Return the registry's origin: HTTPS, or plain HTTP where that is allowed and spoken.
+
+        Raises:
+            TransferError: if it cannot be reached.
+        """
+        secure = Origin.of(f"https://{self._host}")
+        if not self.access.insecure and not is_loopback(secure.host):
+            return secure
+        return secure if self._speaks_tls(secure) else Origin.of(f"http://{self._host}")
+
+    def _speaks_tls(self, origin: Origin) -> bool:
+        import socket
+
+        context = ssl.create_default_context()  # only whether, not who: nothing is sent
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            with (
+                socket.create_connection((origin.host, origin.port), 5.0) as plain,
+                context.wrap_socket(plain, server_hostname=origin.host),
+            ):
+                return True
+        except OSError:
+            return False
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Iterable[bytes] | bytes | None = None,
+        authorization: Secret | None = None,
+        follow: Callable[[Origin, Origin], bool] | None = None,
+    ) -> Iterator[httpx.Response]:
+        """Send a request and yield the answer, its body unread.
+
+        Args:
+            method: of HTTP; redirects are followed for GET and HEAD only.
+            url: absolute.
+            headers: without the login.
+            body: bytes, or pieces of them with a Content-Length among the headers.
+            authorization: goes to this URL's origin and nowhere else.
+            follow: says of a redirect from one origin to another whether to follow it.
+
+        Raises:
+            InterruptedTransferError: if the connection fails or falls silent.
+            TransferError: if a redirect leads where we do not go.
+        """
+        first = Origin.of(url)
+        self._check_plain(first)
+        for _ in range(_MOST_REDIRECTS + 1):
+            sent = dict(headers or {})
+            if authorization is not None and Origin.of(url) == first:
+                sent["Authorization"] = authorization.reveal()
+            with self._sent(method, url, sent, body) as answer:
+                target = answer.headers.get("Location")
+                wanted = method in ("GET", "HEAD") and answer.status_code in _REDIRECTS and target
+                if not wanted:
+                    yield answer
+                    return
+                here, there = Origin.of(url), Origin.of(joined := urljoin(url, target))
+                if follow is not None and not follow(here, there):
+                    yield answer
+                    return
+                self._check_redirect(here, there)
+                url = joined
+        raise TransferError(f"{first.host} redirects more than {_MOST_REDIRECTS} times")
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Iterable[bytes] | bytes | None = None,
+        authorization: Secret | None = None,
+        again: bool = True,
+    ) -> Answer:
+        """Send a request and keep the answer; if ``again``, insist where it may help.
+
+        Raises:
+            InterruptedTransferError: if the server cannot be reached or stays busy.
+            TransferError: if the answer is larger than what is kept.
+        """
+        failures = 0
+        while True:
+            try:
+                with self.stream(
+                    method, url, headers=headers, body=body, authorization=authorization
+                ) as answer:
+                    if answer.status_code not in _AGAIN or not again:
+                        return Answer(
+                            answer.status_code, answer.headers, str(answer.url), kept(answer)
+                        )
+                    asked = _retry_after(answer)
+                    busy = f"{Origin.of(url).host} answers {answer.status_code}; try again later"
+                    failure = InterruptedTransferError(busy)
+            except InterruptedTransferError as error:
+                failure, asked = error, 0.0
+            failures += 1
+            if not again or failures >= self.access.patience.tries:
+                raise failure
+            self.access.patience.wait(failures, asked)
+
+    @contextmanager
+    def _sent(
+        self, method: str, url: str, headers: dict[str, str], body: Iterable[bytes] | bytes | None
+    ) -> Iterator[httpx.Response]:
+        host = Origin.of(url).host
+        try:
+            request = self._client.build_request(method, url, headers=headers, content=body)
+            answer = self._client.send(request, stream=True)
+        except _FAILURES as error:
+            raise _explained(host, error) from None
+        try:
+            yield answer
+        except (httpx.HTTPError, httpx.StreamError, httpcore.NetworkError,
+                httpcore.ProtocolError, httpcore.TimeoutException) as error:  # fmt: skip
+            raise _explained(host, error) from None
+        finally:
+            answer.close()
+
+    def _check_plain(self, origin: Origin) -> None:
+        if origin.scheme == "http" and not (self.access.insecure or is_loopback(origin.host)):
+            raise TransferError(
+                f"{origin.host} would be spoken to without encryption; "
+                "say --insecure if that is meant"
+            )
+
+    def _check_redirect(self, here: Origin, there: Origin) -> None:
+        if here.scheme == "https" and there.scheme != "https":
+            raise TransferError(f"{here.host} redirects to an unencrypted address; refused")
+        self._check_plain(there)
+
+
+def kept(answer: httpx.Response, *, limit: int = KEPT) -> bytes:
+    """Return an answer's body.
+
+    Raises:
+        TransferError: if it is larger than the limit.
+    """
+    body = bytearray()
+    for piece in answer.iter_raw(PIECE):
+        body += piece
+        if len(body) > limit:
+            raise TransferError(f"{answer.url.host} answers with more than {limit} bytes; refused")
+    return bytes(body)
+
+
+def _certificates(ca: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if not context.get_ca_certs():
+        import certifi  # a machine without certificates of its own
+
+        context.load_verify_locations(certifi.where())
+    if ca is not None:
+        try:
+            context.load_verify_locations(ca)
+        except (OSError, ssl.SSLError) as error:
+            raise TransferError(f"--ca {shown(ca)} holds no certificates in PEM form") from error
+    return context
+
+
+def _explained(host: str, error: Exception) -> TransferError:
+    """Say what failed; not in the error's own words, which may hold an address with a signature."""
+    certificate = _cause(error, ssl.SSLCertVerificationError)
+    if certificate is not None:
+        return TransferError(
+            f"the certificate of {host} is not trusted ({certificate.verify_message}); name its "
+            "authority with --ca FILE or SSL_CERT_FILE"
+        )
+    name = type(error).__name__
+    fact = "gives no answer in time" if "Timeout" in name else f"cannot be reached ({name})"
+    return InterruptedTransferError(f"{host} {fact}; try again, what was sent is kept")
+
+
+def _cause(error: BaseException | None, kind: type[ssl.SSLCertVerificationError]) -> (
+    ssl.SSLCertVerificationError | None
+):  # fmt: skip
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    text = answer.headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() else 0.0
