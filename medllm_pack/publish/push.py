@@ -1,0 +1,292 @@
+"""A release to a registry: blobs, then manifests by digest, then a look at all of it, then tags.
+
+A tag is written only after its manifest was read back and every blob under it was seen with its
+size, so that no tag ever names what is not there, whenever the process dies. Knows nothing of packs
+or of how a blob is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medllm_pack.digests import Digest
+from medllm_pack.errors import TransferError, shown
+from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.progress import Reporter, Silent
+from medllm_pack.publish.journal import Journal
+from medllm_pack.publish.probe import Verdict, probe
+from medllm_pack.publish.registry import Registry, opened
+from medllm_pack.publish.release import OCI_INDEX, Release
+from medllm_pack.publish.targets import RegistryTarget, checked_tag
+from medllm_pack.publish.transport import Access
+from medllm_pack.publish.upload import CHUNK, Sending, Sent, StoppedError, send_blob
+
+_AT_ONCE = 2  # blobs; one large one fills most lines
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        target: the repository.
+        images: digest of each image's manifest and its tags.
+        transferred: bytes of blobs that went over the wire.
+        sent: number of blobs sent; likewise ``skipped``, ``mounted``.
+        probe: whether Ollama can pull; None if it was not asked.
+        notices: what the user should know.
+    """
+
+    target: RegistryTarget
+    images: tuple[tuple[Digest, tuple[str, ...]], ...]
+    transferred: int
+    sent: int
+    skipped: int
+    mounted: int
+    probe: Verdict | None
+    notices: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """Return what --json shows."""
+        return {
+            "target": str(self.target),
+            "images": [{"digest": str(d), "tags": list(tags)} for d, tags in self.images],
+            "transferred_bytes": self.transferred,
+            "blobs": {"sent": self.sent, "skipped": self.skipped, "mounted": self.mounted},
+            "ollama_can_pull": self.probe and {"pulls": self.probe.pulls, "why": self.probe.why},
+            "notices": list(self.notices),
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a push is made.
+
+    Attributes:
+        chunk: bytes of a request.
+        mount_from: repositories of the same registry that may have the blobs.
+        ask_ollama: probe at the end.
+        state: folder of the journal; the user's own if None.
+    """
+
+    chunk: int = CHUNK
+    mount_from: tuple[str, ...] = ()
+    ask_ollama: bool = True
+    state: Path | None = field(default=None, repr=False)
+
+
+def push(
+    release: Release,
+    target: RegistryTarget,
+    *,
+    access: Access | None = None,
+    options: Options | None = None,
+    report: Reporter | None = None,
+) -> Pushed:
+    """Publish a release and return what was done.
+
+    Raises:
+        TransferError: if the registry refuses, cannot be reached, or has not what it took.
+    """
+    access, options, report = access or Access(), options or Options(), report or Silent()
+    for tagged in release.images:
+        for tag in tagged.tags:
+            checked_tag(tag)
+    with opened(target, access, push=True, also=options.mount_from) as registry:
+        journal = Journal(registry.origin, target.repository, folder=options.state)
+        done = _send_blobs(list(release.blobs), registry, journal, options, report)
+        notices = []
+        for tagged in release.images:
+            _put_image(registry, tagged.image, by_digest=target.kind == "oci", report=report)
+            for paper in tagged.attached:
+                notices += _attach(registry, paper, subject=tagged.image)
+        for tagged in release.images:
+            for tag in tagged.tags:
+                _tag(registry, tagged.image, tag)
+    images = tuple((tagged.image.digest, tagged.tags) for tagged in release.images)
+    verdict = _probed(target, release, access) if options.ask_ollama else None
+    return Pushed(
+        target, images,
+        transferred=sum(sent.n_bytes for sent in done),
+        sent=_count(done, "sent"), skipped=_count(done, "there"), mounted=_count(done, "mounted"),
+        probe=verdict, notices=tuple(dict.fromkeys(notices)),
+    )  # fmt: skip
+
+
+def missing(
+    release: Release, target: RegistryTarget, *, access: Access | None = None
+) -> tuple[Blob, ...]:
+    """Return the blobs that a push would have to send; sends nothing.
+
+    Raises:
+        TransferError: if the registry cannot be asked.
+    """
+    with opened(target, access or Access(), push=True) as registry:
+        return tuple(b for b in release.blobs if registry.blob_size(b.digest) != b.size)
+
+
+def _count(done: Sequence[Sent], how: str) -> int:
+    return sum(sent.how == how for sent in done)
+
+
+def _send_blobs(
+    blobs: list[Blob],
+    registry: Registry,
+    journal: Journal,
+    options: Options,
+    report: Reporter,
+) -> list[Sent]:
+    """Send every blob, a few at once; an interrupt lets the running chunks end."""
+    report.step("sending", total_bytes=sum(blob.size for blob in blobs))
+    advanced: queue.SimpleQueue[int] = queue.SimpleQueue()
+    stop = threading.Event()
+    sending = Sending(
+        registry, journal, options.chunk, stop, advanced.put, options.mount_from
+    )  # fmt: skip
+    work = iter(sorted(blobs, key=lambda blob: -blob.size))
+    done: list[Sent] = []
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def worker() -> None:
+        try:
+            for blob in _taken(work, lock):
+                if stop.is_set():
+                    raise StoppedError("interrupted; the next run goes on from here")
+                done.append(send_blob(blob, sending))
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    # Daemons: a second interrupt must end the process while a chunk is under way.
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    try:
+        _listen(advanced, report, threads)
+    except BaseException:
+        stop.set()
+        report.notice("finishing the running chunk, so that the next run goes on from there")
+        _listen(advanced, report, threads)
+        raise
+    _raise_first(errors)
+    return done
+
+
+def _taken(work: Iterator[Blob], lock: threading.Lock) -> Iterator[Blob]:
+    while True:
+        with lock:
+            blob = next(work, None)
+        if blob is None:
+            return
+        yield blob
+
+
+def _listen(
+    advanced: queue.SimpleQueue[int], report: Reporter, threads: Sequence[threading.Thread]
+) -> None:
+    """Report what the workers send, from this thread, until all have ended."""
+    while any(thread.is_alive() for thread in threads) or not advanced.empty():
+        try:
+            report.advance(advanced.get(timeout=0.05))
+        except queue.Empty:
+            continue
+
+
+def _raise_first(errors: Sequence[BaseException]) -> None:
+    """Raise the error that stopped the others."""
+    for error in errors:
+        if not isinstance(error, StoppedError):
+            raise error
+    if errors:
+        raise errors[0]
+
+
+def _put_image(registry: Registry, image: Image, *, by_digest: bool, report: Reporter) -> None:
+    """Store a manifest by its digest, read it back and look at every blob."""
+    if by_digest:
+        if registry.manifest(str(image.digest), accept=image.media_type) is None:
+            _stored(registry, image, str(image.digest))
+        found = registry.manifest(str(image.digest), accept=image.media_type)
+        if found is None or found.data != image.manifest:
+            raise TransferError(f"{registry.target.host} does not have {image.digest} it just took")
+    report.step("looking")
+    for blob in image.blobs:
+        _look(registry, blob)
+
+
+def _look(registry: Registry, blob: Blob) -> None:
+    # Registries do not compare sizes with the manifest; so we do.
+    size = registry.blob_size(blob.digest)
+    if size != blob.size:
+        raise TransferError(
+            f"{registry.target.host} has {'no' if size is None else size} bytes of {blob.digest}, "
+            f"not {blob.size}; nothing was tagged, try again"
+        )
+
+
+def _stored(registry: Registry, image: Image, reference: str) -> None:
+    answer = registry.put_manifest(reference, media_type=image.media_type, data=image.manifest)
+    if answer.status not in (200, 201, 202):
+        raise registry.refused(answer, f"storing the manifest {shown(reference)}")
+
+
+def _tag(registry: Registry, image: Image, tag: str) -> None:
+    _stored(registry, image, tag)
+    found = registry.manifest(tag, accept=image.media_type)
+    if found is None or found.data != image.manifest:
+        raise TransferError(f"{registry.target.host} gives another manifest for {shown(tag)}")
+
+
+def _attach(registry: Registry, paper: Image, *, subject: Image) -> list[str]:
+    """Store papers whose subject is an image, and list them where the registry does not."""
+    answer = registry.put_manifest(
+        str(paper.digest), media_type=paper.media_type, data=paper.manifest
+    )
+    if answer.status not in (200, 201, 202):
+        if registry.target.kind == "oci" and answer.status not in (400, 404, 405, 415, 422):
+            raise registry.refused(answer, "attaching the papers")
+        return [
+            f"{registry.target.host} takes no attached papers ({answer.status}); the licence is "
+            "in the model itself, pack.json and the card are not published there"
+        ]
+    if answer.headers.get("OCI-Subject") != str(subject.digest):
+        _list_by_tag(registry, paper, subject=subject)
+    return []
+
+
+def _list_by_tag(registry: Registry, paper: Image, *, subject: Image) -> None:
+    """Keep the index ``sha256-<hex>`` that stands in for the referrers API.
+
+    OCI distribution specification 1.1, "Referrers Tag Schema".
+    """
+    tag = subject.digest.file_name
+    found = registry.manifest(tag, accept=OCI_INDEX)
+    document: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
+    document |= json.loads(found.data) if found else {}
+    listed = [entry for entry in document.get("manifests") or [] if isinstance(entry, dict)]
+    if any(entry.get("digest") == str(paper.digest) for entry in listed):
+        return
+    listed.append(
+        {
+            "mediaType": paper.media_type,
+            "digest": str(paper.digest),
+            "size": len(paper.manifest),
+            "artifactType": json.loads(paper.manifest).get("artifactType"),
+        }
+    )
+    data = json.dumps(document | {"manifests": listed}, separators=(",", ":")).encode()
+    answer = registry.put_manifest(tag, media_type=OCI_INDEX, data=data)
+    if answer.status not in (200, 201, 202):
+        raise registry.refused(answer, "listing the papers")
+
+
+def _probed(target: RegistryTarget, release: Release, access: Access) -> Verdict | None:
+    tags = [tag for tagged in release.images for tag in tagged.tags]
+    return probe(target.tagged(tags[-1]), access) if tags else None

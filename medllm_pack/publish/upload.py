@@ -1,0 +1,282 @@
+"""One blob to a registry: skipped, mounted, or sent, and sent on from where it stood.
+
+What a registry forgives after a cut differs (distribution 2.8 forgets an upload that was cut inside
+of a chunk), so after any failure the registry is asked, and an answer that does not fit our own
+count means that the blob is sent anew. The digest at the end decides. Memory: one piece.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+from urllib.parse import urljoin
+
+from medllm_pack.errors import SourceError, TransferError
+from medllm_pack.ollama.image import Blob
+from medllm_pack.publish.journal import Entry, Journal
+from medllm_pack.publish.registry import Registry
+from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
+
+CHUNK: Final = 64 << 20
+_RANGE: Final = re.compile(r"(?:bytes=)?0-(\d+)", re.ASCII)
+_GONE: Final = (400, 404, 405, 410, 416)
+_MOST_RESTARTS: Final = 3
+
+
+class StoppedError(TransferError):
+    """The user interrupted, and the running chunk has been finished."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a blob; ``n_bytes`` is what went over the wire for it."""
+
+    blob: Blob
+    how: Literal["there", "mounted", "sent"]
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What all uploads of a push share.
+
+    Attributes:
+        chunk: bytes of a request; a smaller blob is sent in one.
+        stop: set when the user interrupted.
+        advance: told of bytes that went over the wire for the first time.
+        mount_from: repositories to mount from.
+    """
+
+    registry: Registry
+    journal: Journal
+    chunk: int
+    stop: threading.Event
+    advance: Callable[[int], None]
+    mount_from: tuple[str, ...] = ()
+
+
+class Part:
+    """Some bytes of a blob as the body of a request; made anew for each try."""
+
+    def __init__(self, blob: Blob, start: int, end: int, count: Callable[[int], None]) -> None:
+        self._blob, self._start, self._end, self._count = blob, start, end, count
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self._end - self._start
+        try:
+            with self._blob.open() as file:
+                file.seek(self._start)
+                while left:
+                    data = file.read(min(PIECE, left))
+                    if not data:
+                        raise SourceError(f"the file of {self._blob.digest} has become shorter")
+                    left -= len(data)
+                    yield data
+                    self._count(len(data))
+        except OSError as error:
+            raise SourceError(f"{self._blob.digest} cannot be read: {error.strerror}") from error
+
+
+class _Meter:
+    """Counts what is sent, and reports no byte twice."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self.position, self._furthest, self.total = advance, 0, 0, 0
+
+    def count(self, n_bytes: int) -> None:
+        self.position += n_bytes
+        self.total += n_bytes
+        self.reached(self.position)
+
+    def reached(self, position: int) -> None:
+        if position > self._furthest:
+            self._advance(position - self._furthest)
+            self._furthest = position
+
+
+def send_blob(blob: Blob, sending: Sending) -> Sent:
+    """Bring a blob to a registry.
+
+    Raises:
+        TransferError: if it cannot be brought there.
+        StoppedError: if the user interrupted.
+        SourceError: if its file is not what its digest says.
+    """
+    registry, meter = sending.registry, _Meter(sending.advance)
+    if registry.blob_size(blob.digest) == blob.size:
+        meter.reached(blob.size)
+        return Sent(blob, "there")
+    for source in sending.mount_from:
+        if registry.start_upload(blob.digest, mount_from=source) is None:
+            meter.reached(blob.size)
+            return Sent(blob, "mounted")
+    upload = _Chunked(blob, sending, meter) if blob.size > sending.chunk else _Whole(
+        blob, sending, meter)  # fmt: skip
+    upload.run()
+    sending.journal.drop(blob)
+    return Sent(blob, "sent", meter.total)
+
+
+class _Whole:
+    """A blob in one request."""
+
+    def __init__(self, blob: Blob, sending: Sending, meter: _Meter) -> None:
+        self.blob, self.sending, self.meter = blob, sending, meter
+        self.registry = sending.registry
+
+    def run(self) -> None:
+        failures = 0
+        while True:
+            if self.sending.stop.is_set():
+                raise StoppedError("interrupted; the next run goes on from here")
+            try:
+                answer = self._attempt()
+            except InterruptedTransferError as error:
+                if self.registry.blob_size(self.blob.digest) == self.blob.size:
+                    return  # it was taken, only the answer was lost
+                failures = _patience(self.registry, failures, error)
+                continue
+            if answer.status == 201:
+                return
+            if answer.status not in (404, 500, 502, 503, 504, 408, 429):
+                raise _refused(self.registry, self.blob, answer)
+            failures = _patience(
+                self.registry, failures, _refused(self.registry, self.blob, answer)
+            )
+
+    def _attempt(self) -> Answer:
+        location = self.registry.start_upload(self.blob.digest)
+        assert location is not None
+        return self.finish(location, 0)
+
+    def finish(self, location: str, start: int) -> Answer:
+        def body() -> Part:
+            self.meter.position = start
+            return Part(self.blob, start, self.blob.size, self.meter.count)
+
+        return self.registry.finish_upload(
+            location, self.blob.digest, body=body, size=self.blob.size - start
+        )
+
+
+class _Chunked(_Whole):
+    """A blob in chunks, each written down when the registry has it."""
+
+    def run(self) -> None:
+        failures = restarts = 0
+        entry = self._resumed()
+        while True:
+            try:
+                entry = entry or self._started()
+                while entry.offset < self.blob.size:
+                    entry = self._next(entry)
+                    failures = 0
+                answer = self.registry.finish_upload(entry.location, self.blob.digest)
+                if answer.status == 201:
+                    return
+                failure = _refused(self.registry, self.blob, answer)
+                if answer.status < 500 and restarts >= 1:
+                    raise failure
+                self._drop(entry)
+                entry = None
+            except InterruptedTransferError as error:
+                failure = error
+                if self.registry.blob_size(self.blob.digest) == self.blob.size:
+                    return
+                entry = self._recovered(entry) if entry else None
+            if entry is None:
+                restarts += 1
+                if restarts > _MOST_RESTARTS:
+                    raise failure
+            failures = _patience(self.registry, failures, failure)
+
+    def _started(self) -> Entry:
+        location = self.registry.start_upload(self.blob.digest)
+        assert location is not None
+        return Entry(location, 0)
+
+    def _resumed(self) -> Entry | None:
+        entry = self.sending.journal.entry(self.blob)
+        return self._recovered(entry) if entry else None
+
+    def _next(self, entry: Entry) -> Entry:
+        """Send the next chunk and return where the upload stands then."""
+        if self.sending.stop.is_set():
+            raise StoppedError("interrupted; the next run goes on from here")
+        end = min(entry.offset + self.sending.chunk, self.blob.size)
+
+        def body() -> Part:
+            self.meter.position = entry.offset
+            return Part(self.blob, entry.offset, end, self.meter.count)
+
+        answer = self.registry.call(
+            "PATCH",
+            entry.location,
+            headers={
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(end - entry.offset),
+                "Content-Range": f"{entry.offset}-{end - 1}",
+            },
+            body=body,
+            again=False,
+        )
+        if answer.status in _GONE or answer.status >= 500 or answer.status in (408, 429):
+            raise InterruptedTransferError(str(_refused(self.registry, self.blob, answer)))
+        if answer.status not in (201, 202, 204):
+            raise _refused(self.registry, self.blob, answer)
+        entry = Entry(self.registry.location(answer), end)
+        self.sending.journal.save(self.blob, entry)
+        return entry
+
+    def _recovered(self, entry: Entry) -> Entry | None:
+        """Ask where an upload stands; None if it must begin anew."""
+        try:
+            answer = self.registry.call("GET", entry.location)
+        except InterruptedTransferError:
+            return entry  # still unreachable; the next try asks again
+        match = _RANGE.fullmatch(answer.headers.get("Range", ""))
+        if answer.status == 204 and match:
+            # 0 bytes and 1 byte both read 0-0; a chunk is never one byte.
+            end = int(match[1])
+            offset = end + 1 if end else 0
+            if offset in (entry.offset, min(entry.offset + self.sending.chunk, self.blob.size)):
+                location = _newest(answer, entry.location)
+                self.meter.reached(offset)
+                return Entry(location, offset)
+        self._drop(entry)
+        return None
+
+    def _drop(self, entry: Entry) -> None:
+        """Give an upload up, on both sides."""
+        self.sending.journal.drop(self.blob)
+        try:
+            self.registry.call("DELETE", entry.location, again=False)
+        except TransferError:
+            return  # it is the registry's to clean up
+
+
+def _newest(answer: Answer, location: str) -> str:
+    """Return the newest address of an upload."""
+    named = answer.headers.get("Location")
+    return urljoin(answer.url, named) if named else location
+
+
+def _patience(registry: Registry, failures: int, error: TransferError) -> int:
+    failures += 1
+    patience = registry.door.access.patience
+    if failures >= patience.tries:
+        raise error
+    patience.wait(failures)
+    return failures
+
+
+def _refused(registry: Registry, blob: Blob, answer: Answer) -> TransferError:
+    if b"DIGEST_INVALID" in answer.body:
+        return TransferError(
+            f"the registry received other bytes than those of {blob.digest}: the file was changed "
+            "after it was packed, or the way is faulty; check it with `medllm-pack verify`"
+        )
+    return registry.refused(answer, f"sending {blob.digest}")

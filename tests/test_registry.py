@@ -1,0 +1,103 @@
+"""A release to Debian's registry and back; other clients find there what was sent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medllm_pack.publish.push import Options, missing, push
+from medllm_pack.publish.release import PACK_ARTIFACT
+from tests.registries import ACCESS, Registry, needs, release
+
+pytestmark = [pytest.mark.registry, needs("docker-registry")]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry(tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(state=tmp_path / "state", chunk=100_000)
+
+
+def test_a_release_arrives_whole_and_a_second_push_sends_nothing(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r", quants=("f16", "q4_k_m"))
+    blobs = list(sent.blobs)
+    assert set(missing(sent, registry.target(), access=ACCESS)) == set(blobs)
+    first = push(sent, registry.target(), access=ACCESS, options=options)
+    assert (first.sent, first.skipped) == (len(blobs), 0)
+    assert first.transferred == sum(blob.size for blob in blobs)
+    found = registry.check_whole()
+    for tagged in sent.images:
+        for tag in tagged.tags:
+            assert found[tag] == str(tagged.image.digest)
+    second = push(sent, registry.target(), access=ACCESS, options=options)
+    assert (second.sent, second.skipped, second.transferred) == (0, len(blobs), 0)
+    assert missing(sent, registry.target(), access=ACCESS) == ()
+
+
+def test_papers_are_found_by_the_fallback_tag_once(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r")
+    for _ in range(2):
+        push(sent, registry.target(), access=ACCESS, options=options)
+    digest = sent.images[0].image.digest
+    index = registry.get(
+        f"ns/model/manifests/sha256-{digest.hex}",
+        Accept="application/vnd.oci.image.index.v1+json",
+    ).json()
+    assert [(e["digest"], e["artifactType"]) for e in index["manifests"]] == [
+        (str(sent.images[0].attached[0].digest), PACK_ARTIFACT)
+    ]
+
+
+def test_blobs_are_mounted_across_repositories(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r")
+    push(sent, registry.target("a/b"), access=ACCESS, options=options)
+    mounting = Options(state=options.state, mount_from=("no/such", "a/b"))
+    done = push(sent, registry.target("c/d"), access=ACCESS, options=mounting)
+    assert (done.sent, done.mounted, done.transferred) == (0, len(list(sent.blobs)), 0)
+    registry.check_whole("c/d")
+
+
+@needs("skopeo")
+def test_skopeo_sees_our_digest(registry: Registry, tmp_path: Path, options: Options) -> None:
+    sent = release(tmp_path / "r")
+    push(sent, registry.target(), access=ACCESS, options=options)
+    raw = subprocess.run(
+        ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{registry.host}/ns/model:7b"],
+        check=True, capture_output=True,
+    ).stdout  # fmt: skip
+    assert hashlib.sha256(raw).hexdigest() == sent.images[0].image.digest.hex
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dxf.*")
+def test_python_dxf_pulls_it_with_verification(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    from dxf import DXF
+
+    sent = release(tmp_path / "r")
+    push(sent, registry.target(), access=ACCESS, options=options)
+    client = DXF(registry.host, "ns/model", insecure=True)
+    assert {"7b", "7b-f16"} <= set(client.list_aliases())
+    text = client.get_manifest("7b")
+    assert isinstance(text, str)
+    manifest = json.loads(text)
+    for blob, layer in zip(sent.images[0].image.layers, manifest["layers"], strict=True):
+        pieces = client.pull_blob(layer["digest"])
+        assert not isinstance(pieces, tuple)
+        assert hashlib.sha256(b"".join(pieces)).hexdigest() == blob.digest.hex
