@@ -11,18 +11,18 @@ A GGUF file of a pack carries no chat template, from which Ollama would guess st
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from medllm_pack.digests import Digest
-from medllm_pack.errors import ModelfileError, shown
+from medllm_pack.errors import ModelfileError
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.ollama import gojson
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
-from medllm_pack.ollama.modelfile import PARAMETERS
+from medllm_pack.ollama.modelfile import ParameterValue
+from medllm_pack.ollama.reading import read_modelfile
 
 CONFIG: Final = "application/vnd.docker.container.image.v1+json"
 MODEL: Final = "application/vnd.ollama.image.model"
@@ -41,13 +41,6 @@ _FILE_TYPES: Final[Mapping[int, str]] = {
     30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4",
     40: "Q1_0",
 }  # fmt: skip
-
-# A Modelfile as medllm_pack.ollama.modelfile writes it, and nothing else.
-_COMMAND: Final = re.compile(
-    r'#[^\n]*\n|FROM \./(?P<file>[^\n]+)\n|PARAMETER (?P<name>\w+) (?:"""(?P<text>.*?)"""|'
-    r'(?P<value>[^\n"]+))\n|(?P<command>TEMPLATE|SYSTEM|LICENSE) """(?P<body>.*?)"""\n',
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -75,25 +68,17 @@ class Creation:
         Raises:
             ModelfileError: if it has something that this package does not write.
         """
-        texts: dict[str, list[str]] = {"FROM": [], "TEMPLATE": [], "SYSTEM": [], "LICENSE": []}
-        parameters: dict[str, Any] = {}
-        for match in _matches(text, name=name):
-            if match["file"]:
-                texts["FROM"].append(match["file"])
-            elif match["command"]:
-                texts[match["command"]].append(match["body"])
-            elif match["name"]:
-                _add_parameter(parameters, match, name=name)
-        if [len(texts[once]) for once in ("FROM", "TEMPLATE")] != [1, 1] or len(
-            texts["SYSTEM"]
-        ) > 1:
-            raise ModelfileError(f"{name} has no or several FROM, TEMPLATE or SYSTEM; build again")
+        try:
+            read = read_modelfile(text)
+        except ModelfileError as error:
+            raise ModelfileError(f"{name}: {error}") from error
+        parameters = {key: _stored(value) for key, value in (read.parameters or {}).items()}
         return cls(
-            file=texts["FROM"][0],
-            template=texts["TEMPLATE"][0],
-            system="".join(texts["SYSTEM"]),
+            file=read.from_.removeprefix("./"),
+            template=read.template,
+            system=read.system,
             parameters=gojson.sorted_map(parameters),
-            license=tuple(texts["LICENSE"]),
+            license=tuple(read.license),
         )
 
 
@@ -153,35 +138,7 @@ def _text_layers(creation: Creation) -> Iterator[Blob]:
         yield Blob.of(gojson.encode(creation.parameters), PARAMS)
 
 
-def _matches(text: str, *, name: str) -> Iterator[re.Match[str]]:
-    position = 0
-    while position < len(text):
-        match = _COMMAND.match(text, position)
-        if match is None:
-            line = text.count("\n", 0, position) + 1
-            raise ModelfileError(
-                f"{name}, line {line}, is not as it was built; create that model with "
-                f"'ollama create NAME -f {name}', or build again"
-            )
-        position = match.end()
-        yield match
-
-
-def _add_parameter(parameters: dict[str, Any], match: re.Match[str], *, name: str) -> None:
-    key, value = match["name"], match["value"]
-    kind = PARAMETERS.get(key)
-    try:
-        if kind is list and match["text"] is not None:
-            parameters.setdefault(key, []).append(match["text"])
-        elif kind is bool:
-            parameters[key] = {"true": True, "false": False}[value]
-        elif kind is int:
-            parameters[key] = int(value)
-        elif kind is float:
-            parameters[key] = gojson.float32(value)
-        else:
-            raise KeyError(key)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelfileError(
-            f"{name}: PARAMETER {shown(key)} is not as it was built; build again"
-        ) from error
+def _stored(value: ParameterValue) -> gojson.Value:
+    """Return a parameter as Ollama stores it."""
+    # A text is a sequence for the type, and never the value of a parameter of ours.
+    return gojson.float32(repr(value)) if isinstance(value, float) else value
