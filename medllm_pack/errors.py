@@ -13,6 +13,7 @@ MedllmError                 1   could not be done
 ├── DigestError             1   a text that should be a SHA-256 digest is not one
 ├── PlanError               1   the build cannot start (all reasons are listed)
 ├── WriteError              1   the output could not be written
+│   └── StoreAccessError    1   an Ollama store is another user's
 ├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
 ├── ServerError             1   an Ollama server cannot be reached or does not answer as documented
 ├── TransferError           1   a registry, or the way to it, does not let bytes or a login through
@@ -90,6 +91,10 @@ class ServerError(MedllmError):
 
 class TransferError(MedllmError):
     """A registry, or the way to it, does not let bytes or a login through."""
+
+
+class StoreAccessError(WriteError):
+    """An Ollama store is another user's; there may be another way to its server."""
 
 
 class CheckFailedError(MedllmError):

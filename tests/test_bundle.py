@@ -23,8 +23,11 @@ from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Release, Tagged
 from medllm_pack.publish.restore import NOTE, restore
 from tests import ollama_parser
+from tests.test_image import HOSTILE
 
 ZEROS = "0" * 64
+# Strange file names, but tags that Ollama takes.
+TAGS = ("a.", "CON", "con", "nul.txt", "COM1", "lpt9.md", "aux", "PRN.json")
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
 
@@ -283,6 +286,19 @@ def test_a_bundle_that_was_cut_is_refused(size: int, bundled: Path, tmp_path: Pa
 def test_what_is_no_file_is_no_bundle(path: str) -> None:
     with pytest.raises(SourceError):
         read_bundle(Path(path))
+
+
+@pytest.mark.parametrize("tag", [name for name in HOSTILE if name not in TAGS], ids=ascii)
+def test_a_hostile_tag_is_refused(tag: str, built_pack: Path, tmp_path: Path) -> None:
+    (tagged,) = make_release(built_pack, quants=["q4_k_m"]).images
+    evil = Tagged("q4_k_m", (tag,), tagged.image, tagged.attached)
+    path = tmp_path / "b.tar"
+    try:
+        write_bundle(Release((evil,)), path)
+    except UnicodeEncodeError:
+        return
+    with pytest.raises(MedllmError):
+        read_bundle(path)
 
 
 # Images that others made.

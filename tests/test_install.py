@@ -18,12 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm_pack.digests import Digest
-from medllm_pack.errors import MedllmError, SourceError, UsageError, WriteError
+from medllm_pack.errors import (
+    MedllmError,
+    SourceError,
+    StoreAccessError,
+    UsageError,
+    WriteError,
+)
 from medllm_pack.ollama import store as store_module
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import same_bytes
-from medllm_pack.ollama.store import Store, StoreAccessError, full_name
+from medllm_pack.ollama.store import Store, full_name
 from medllm_pack.progress import Silent
 from medllm_pack.publish.bundle import write_bundle
 from medllm_pack.publish.make import make_release

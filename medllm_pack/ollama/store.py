@@ -22,7 +22,7 @@ from typing import Final
 
 from medllm_pack import files
 from medllm_pack.digests import Digest
-from medllm_pack.errors import MedllmError, SourceError, WriteError, shown
+from medllm_pack.errors import MedllmError, SourceError, StoreAccessError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import check, place, same_bytes
@@ -33,10 +33,6 @@ _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 _V2_HOST: Final = "ollama.com"
 _PUBLIC: Final = (_HOST, _V2_HOST)
 _SERVICE: Final = Path("/usr/share/ollama/.ollama/models")  # of the user that install.sh makes
-
-
-class StoreAccessError(WriteError):
-    """The store is another user's; there may be another way to its server."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from medllm_pack.ollama.placing import check
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST, Release, Tagged
+from medllm_pack.publish.targets import checked_tag
 
 # image-spec, image-layout.md and annotations.md.
 _LAYOUT_FILE: Final = "oci-layout"
@@ -41,6 +42,7 @@ _OWN_DIGEST: Final = "medllm-pack.manifests.digest"
 _BLOCK: Final = 512
 _LONGEST_NAME: Final = len("blobs/sha256/") + 64
 _MOST_MEMBERS: Final = 4096
+_MANIFESTS_LIMIT: Final = 64 << 20  # bytes in memory at once
 _NUMBER: Final = re.compile(rb"[0-7]{1,11}")
 
 
@@ -286,6 +288,7 @@ class _Reader:
             if entry["mediaType"] == OCI_MANIFEST and "artifactType" in entry:
                 papers.append(image)
             elif isinstance(tag, str) and tag not in sum(tags.values(), []):
+                checked_tag(tag)
                 images[image.digest] = image
                 tags.setdefault(image.digest, []).append(tag)
             else:
@@ -310,6 +313,8 @@ class _Reader:
                 Digest.parse(entry["digest"])
                 if not isinstance(entry["mediaType"], str) or type(entry["size"]) is not int:
                     raise KeyError("size")
+            if sum(entry["size"] for entry in entries) > _MANIFESTS_LIMIT:
+                raise KeyError("size")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SourceError(f"{_INDEX} in {shown(self.path)} is not a bundle's") from error
         return list(entries)

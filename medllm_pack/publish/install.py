@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medllm_pack.errors import ServerError, WriteError, shown
+from medllm_pack.errors import ServerError, StoreAccessError, WriteError, shown
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import place
 from medllm_pack.ollama.server import Server
-from medllm_pack.ollama.store import Store, StoreAccessError, candidates, full_name
+from medllm_pack.ollama.store import Store, candidates, full_name
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.release import Tagged

@@ -21,6 +21,7 @@ from medllm_pack.pack.manifest import Document, read_manifest
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import papers
 from medllm_pack.publish.release import Release, Tagged
+from medllm_pack.publish.targets import checked_tag
 
 # The variant that most people run; the last one of a pack that has none.
 _DEFAULT_QUANT = "q4_k_m"
@@ -145,6 +146,4 @@ def _digest_again(path: Path, stated: Digest, *, size: int, report: Reporter) ->
 def _tags(quant: str, prefix: str | None, *, default: bool) -> tuple[str, ...]:
     own = f"{prefix}-{quant}" if prefix else quant
     tags = (own, prefix or "latest") if default else (own,)
-    for tag in tags:
-        ModelName.parse(f"model:{tag}")
-    return tags
+    return tuple(checked_tag(tag) for tag in tags)

@@ -149,6 +149,8 @@ def names_of(manifest: bytes) -> dict[str, Digest]:
         pairs = [(layer["annotations"][TITLE], layer["digest"]) for layer in document["layers"]]
     except (KeyError, TypeError) as error:
         raise SourceError("the attached papers have no names; they are not a pack's") from error
+    if not all(isinstance(digest, str) for _, digest in pairs):
+        raise SourceError("the attached papers have no digests; they are not a pack's")
     names = {checked_name(name, of="an attached manifest"): Digest.parse(d) for name, d in pairs}
     if len({name.casefold() for name in names}) != len(pairs):
         raise SourceError("an attached manifest has a file name twice")

@@ -7,6 +7,7 @@ are the manifest's, and whoever reads a blob checks it against them. Nothing her
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ Locate = Callable[[Digest, int], Path | bytes | Source]
 
 MANIFEST_LIMIT: Final = 4 << 20  # bytes; registries accept no more
 SMALL_LIMIT: Final = 16 << 20  # bytes of a configuration, a text or a paper
+_QUANT: Final = re.compile(r"[A-Za-z0-9_]{1,32}", re.ASCII)
 _MOST_LAYERS: Final = 1024
 _MOST_BYTES: Final = 1 << 44
 
@@ -65,7 +67,7 @@ def tagged(image: Image, *, tags: tuple[str, ...], attached: tuple[Image, ...]) 
         if not isinstance(subject, dict) or subject.get("digest") != str(image.digest):
             raise SourceError(f"papers that should belong to {image.digest} are of another image")
     quant = _object(small(image.config), limit=SMALL_LIMIT).get("file_type")
-    if not isinstance(quant, str) or not quant.replace("_", "").isalnum() or not quant.isascii():
+    if not isinstance(quant, str) or not _QUANT.fullmatch(quant):
         raise SourceError(f"a model's configuration names no file type but {shown(quant)}")
     return Tagged(quant.lower(), tags, image, attached)
 

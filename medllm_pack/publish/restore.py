@@ -26,6 +26,7 @@ from medllm_pack.publish.papers import SUMS, checked_name, is_pack, names_of, re
 from medllm_pack.publish.release import Release, Tagged
 
 NOTE: Final = "pulled.json"
+_PAPERS_LIMIT: Final = 64 << 20  # bytes in memory at once
 
 
 def restore(
@@ -84,6 +85,8 @@ def _papers(release: Release) -> dict[str, bytes] | None:
         if len(attached) != 1 or names_of(attached[0].manifest) != names:
             raise SourceError("the images are of several packs; fetch one tag at a time")
     blobs = {blob.digest: blob for blob in found[0][0].layers}
+    if sum(blob.size for blob in blobs.values()) > _PAPERS_LIMIT:
+        raise SourceError("the attached papers are larger than a pack's ever are; do not use them")
     papers = {name: read.small(blobs[digest]) for name, digest in names.items()}
     for needed in (PACK_JSON, SUMS):
         if needed not in papers:
