@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from medllm_pack import resources
 from medllm_pack.errors import CheckpointError, MedllmError, SourceError, UsageError
 from medllm_pack.progress import Silent
-from medllm_pack.weights import download, hub
+from medllm_pack.weights import hub, listing, request
 from medllm_pack.weights.answers import Patience
 from medllm_pack.weights.hub import fetch
 from medllm_pack.weights.needed import Role
@@ -1005,11 +1005,11 @@ def test_a_digest_from_the_hub_is_no_path(bad: Any) -> None:
         lfs: None = None
 
     with pytest.raises(SourceError, match="no size and digest"):
-        hub._item(Sibling())
+        listing.item_of(Sibling())
 
 
 def test_https_is_never_left() -> None:
     here = "https://hub.test/a"
-    assert download._redirected(here, "/b", "hub.test") == "https://hub.test/b"
+    assert request.redirected(here, "/b", "hub.test") == "https://hub.test/b"
     with pytest.raises(SourceError, match="https is never left"):
-        download._redirected(here, "http://hub.test/b", "hub.test")
+        request.redirected(here, "http://hub.test/b", "hub.test")

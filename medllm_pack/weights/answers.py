@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from medllm_pack.errors import SourceError, shown
+from medllm_pack.errors import SourceError, TransferError, shown
 
 # huggingface_hub takes a third of a second to import; folders do without it.
 if TYPE_CHECKING:
@@ -34,6 +34,21 @@ _MEANINGS: Mapping[Any, str] = {
     "DisabledRepoError": "{repo} has been disabled on the Hub; {page} may say why",
     401: "the Hub does not accept your token: log in again with `hf auth login`, or unset HF_TOKEN",
     403: "your token may not read {repo}: allow it at https://huggingface.co/settings/tokens",
+}
+
+# Where something is to be written, these mean something else.
+_WRITING: Mapping[Any, str] = {
+    401: "the Hub does not accept your token: log in again with `hf auth login`, or unset HF_TOKEN",
+    403: "you may not write to {repo}: use a token with write access to it "
+    "(https://huggingface.co/settings/tokens), join its organisation, and look whether the "
+    "storage of the account is used up",
+    "RepositoryNotFoundError": "{repo} cannot be written: it is not on the Hub for your account; "
+    "check the name, and log in with `hf auth login`",
+    402: "the storage of the account that owns {repo} is used up; see {page}/settings",
+    409: "{repo} is being changed by someone else; run the same command again",
+    412: "someone else committed to {repo} meanwhile, so nothing was committed here; run the same "
+    "command again",
+    413: "the Hub finds a file too large for {repo}; see {page}/settings",
 }
 
 
@@ -80,20 +95,25 @@ class Address:
 
     def explained(self, error: HfHubHTTPError, file: str = "") -> SourceError:
         """Say what an answer means and what to do, by the library's class, then by status."""
+        return SourceError(self._meaning(error, _MEANINGS, file))
+
+    def refused(self, error: HfHubHTTPError) -> TransferError:
+        """Say what an answer to a request to write means and what to do."""
+        return TransferError(self._meaning(error, {**_MEANINGS, **_WRITING}, ""))
+
+    def _meaning(self, error: HfHubHTTPError, meanings: Mapping[Any, str], file: str) -> str:
         status = error.response.status_code
         for cls in type(error).__mro__:
-            if meaning := _MEANINGS.get((cls.__name__, status)) or _MEANINGS.get(cls.__name__):
+            if meaning := meanings.get((cls.__name__, status)) or meanings.get(cls.__name__):
                 break
         else:
-            meaning = _MEANINGS.get(status, "the Hub answers {status} for {repo}; try again later")
-        return SourceError(
-            meaning.format(
-                repo=self.name,
-                page=f"https://huggingface.co/{self.name}",
-                revision=shown(self.revision),
-                file=shown(file),
-                status=status,
-            )
+            meaning = meanings.get(status, "the Hub answers {status} for {repo}; try again later")
+        return meaning.format(
+            repo=self.name,
+            page=f"https://huggingface.co/{self.name}",
+            revision=shown(self.revision),
+            file=shown(file),
+            status=status,
         )
 
 

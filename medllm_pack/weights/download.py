@@ -13,12 +13,12 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
 
-from medllm_pack import __version__
+from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.progress import Reporter
 from medllm_pack.weights.answers import (
@@ -29,13 +29,51 @@ from medllm_pack.weights.answers import (
     retry_after,
     told,
 )
-from medllm_pack.weights.cache import DIGEST, Cache, Item
+from medllm_pack.weights.cache import Cache, Item
+from medllm_pack.weights.request import opened
+from medllm_pack.weights.sources import LocalFile
 
 if TYPE_CHECKING:
     from httpx2 import Response
 
 _HASH_CHUNK = 4 << 20
-_MAX_REDIRECTS = 5
+
+
+def bring(
+    items: Sequence[Item],
+    commit: str,
+    *,
+    what: str,
+    address: Address,
+    cache: Cache,
+    patience: Patience,
+    report: Reporter,
+) -> dict[str, LocalFile]:
+    """Return files by name, after downloading those that the cache lacks.
+
+    Raises:
+        SourceError: if one cannot be brought, or there is no room for them.
+    """
+    missing = [item for item in items if not cache.has(item, commit)]
+    if missing:
+        _check_space(missing, cache, address)
+        total = sum(item.size for item in missing)
+        report.step(f"download {address.name}: {what}", total_bytes=total)
+    for item in missing:
+        Download(item, commit, address, cache, patience, report).run()
+    return {item.name: cache.take(item, commit) for item in items}
+
+
+def _check_space(items: Sequence[Item], cache: Cache, address: Address) -> None:
+    parts = [cache.part(item) for item in items]
+    have = sum(part.stat().st_size for part in parts if part.exists())
+    needed, free = sum(item.size for item in items) - have, files.disk_free(cache.folder)
+    if needed > free:
+        raise SourceError(
+            f"{address.name} needs {needed:,} more bytes and the disk of the Hub cache "
+            f"{shown(cache.root)} has {free:,} free; free some space, or set HF_HOME "
+            "to a folder on another disk"
+        )
 
 
 class _TryAgainError(Exception):
@@ -126,52 +164,17 @@ class Download:
             self.patience.wait(failures, wait_s)
 
     def _stream(self, part: _Part) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
-            build_hf_headers,
-            get_session,
-        )
-
-        url = hf_hub_url(
-            self.address.name, self.item.name, revision=self.commit, endpoint=self.address.endpoint
-        )
-        headers = build_hf_headers(library_name="medllm-pack", library_version=__version__)
-        headers["Accept-Encoding"] = "identity"  # ranges count bytes of the file
-        if part.offset:
-            headers["Range"] = f"bytes={part.offset}-"
-        home = _origin(url)
-        for _ in range(_MAX_REDIRECTS + 1):
-            with get_session().stream(
-                "GET", url, headers=headers, follow_redirects=False, timeout=self.patience.stall_s
-            ) as response:
-                at_home = _origin(url) == home
-                if at_home:
-                    self._check_announced(response)
-                if not response.has_redirect_location:
-                    self._check_status(response, part, at_home=at_home)
-                    for chunk in response.iter_bytes():
-                        with self.cache.writing():
-                            part.write(chunk)
-                    return
-                url = _redirected(url, response.headers["Location"], self.address.host)
-            if _origin(url) != home:
-                headers.pop("authorization", None)  # for good, even if the next hop leads home
-        raise SourceError(
-            f"{self.address.host} sends {shown(self.item.name)} in circles; try again later"
-        )
-
-    def _check_announced(self, response: Response) -> None:
-        if not (response.is_success or response.has_redirect_location):
-            return
-        # X-Linked-Etag describes the file behind a redirect; a bare ETag only the answer itself.
-        plain = None if response.has_redirect_location else response.headers.get("ETag")
-        etag = (response.headers.get("X-Linked-Etag") or plain or "").removeprefix("W/").strip('"')
-        comparable = DIGEST.fullmatch(etag) and len(etag) == len(self.item.digest)
-        if comparable and etag != self.item.digest:
-            raise SourceError(
-                f"the Hub announces {self._title} with the digest {etag}, its listing says "
-                f"{self.item.digest}; try again later"
-            )
+        with opened(
+            self.item,
+            self.commit,
+            address=self.address,
+            stall_s=self.patience.stall_s,
+            wanted=f"bytes={part.offset}-" if part.offset else None,
+        ) as (response, at_home):
+            self._check_status(response, part, at_home=at_home)
+            for chunk in response.iter_bytes():
+                with self.cache.writing():
+                    part.write(chunk)
 
     def _check_status(self, response: Response, part: _Part, *, at_home: bool) -> None:
         """Place the part where the answer begins, or raise."""
@@ -195,26 +198,6 @@ class Download:
         else:
             hf_raise_for_status(response)
             raise _TryAgainError(f"{response.url.host} answered {status}")
-
-
-def _redirected(url: str, location: str, host: str) -> str:
-    try:
-        target = urljoin(url, location)
-        scheme = _origin(target)[0]
-    except ValueError:
-        scheme = ""
-    if scheme not in {"http", "https"} or (scheme, urlsplit(url).scheme) == ("http", "https"):
-        raise SourceError(
-            f"{host} redirects to an address that is refused: only http and https are "
-            "followed, and https is never left. Check HF_ENDPOINT and the proxy settings"
-        )
-    return target
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    default = {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, parts.hostname, parts.port or default
 
 
 def _continues(response: Response, part: _Part) -> bool:

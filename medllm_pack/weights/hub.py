@@ -9,28 +9,19 @@ Knows nothing of tensors, and leaves to download.py how a file comes over.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from medllm_pack import __version__, files
-from medllm_pack.errors import SourceError, shown
+from medllm_pack.errors import SourceError
 from medllm_pack.progress import Reporter
-from medllm_pack.weights.answers import (
-    PASSING,
-    Address,
-    Patience,
-    network_error,
-    retry_after,
-    told,
-)
-from medllm_pack.weights.cache import COMMIT, DIGEST, Cache, Item
-from medllm_pack.weights.download import Download
+from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.weights.cache import Cache, Item
+from medllm_pack.weights.download import bring
+from medllm_pack.weights.listing import UnreachableError, item_of, list_files
 from medllm_pack.weights.needed import (
     Role,
     check_names,
-    check_small,
     has_model,
     is_small,
     listed,
@@ -38,10 +29,6 @@ from medllm_pack.weights.needed import (
 )
 from medllm_pack.weights.safetensors import INDEX, SINGLE
 from medllm_pack.weights.sources import LocalCopy, LocalFile, Source, by_name, from_folder
-
-
-class _UnreachableError(SourceError):
-    """The Hub gave no answer; the cache may still have one."""
 
 
 def fetch(
@@ -81,7 +68,7 @@ def fetch(
         return repository.from_cache()
     try:
         return repository.from_hub(weights=weights)
-    except _UnreachableError as unreachable:
+    except UnreachableError as unreachable:
         return repository.from_cache(instead=unreachable)
 
 
@@ -117,12 +104,15 @@ class _Repository:
 
     def from_hub(self, *, weights: bool) -> LocalCopy:
         """Bring what is needed. Small files come first: where weights are, all else is."""
-        commit, listing = self._listing()
+        # With a complete cache to fall back on, a Hub that is down should cost no minute.
+        tries = 1 if self.cache.is_complete(self.role) else self.patience.tries
+        commit, listing = list_files(self.address, patience=self.patience, tries=tries)
+        listing = {name: sibling for name, sibling in listing.items() if "/" not in name}
         check_names(listing, self.role, self.name)
         self.cache.remember(commit)
-        small = [_item(listing[name]) for name in sorted(listing) if is_small(name, self.role)]
+        small = [item_of(listing[name]) for name in sorted(listing) if is_small(name, self.role)]
         if has_model(self.role) and SINGLE not in listing:
-            small.append(_item(listing[INDEX]))
+            small.append(item_of(listing[INDEX]))
         found = self._bring(small, commit, "small files")
         names = weight_names(listing, self.role, lambda name: found[name].path)
         if missing := [name for name in names if name not in listing]:
@@ -130,7 +120,7 @@ class _Repository:
                 f"{self.name} lacks {listed(missing)}, which its {INDEX} names; "
                 "choose another revision or ask its author"
             )
-        large = [_item(listing[name]) for name in names if name not in found]
+        large = [item_of(listing[name]) for name in names if name not in found]
         if weights:
             found |= self._bring(large, commit, "weights")
         else:
@@ -139,7 +129,7 @@ class _Repository:
         remote = [item for item in large if item.name not in found]
         return self._copy(commit, found.values(), remote)
 
-    def from_cache(self, *, instead: _UnreachableError | None = None) -> LocalCopy:
+    def from_cache(self, *, instead: UnreachableError | None = None) -> LocalCopy:
         """Return what the cache has, if it is all that is needed.
 
         Args:
@@ -169,90 +159,13 @@ class _Repository:
             remote=MappingProxyType({item.name: item.size for item in remote}),
         )
 
-    def _listing(self) -> tuple[str, Mapping[str, Any]]:
-        """Return the commit and its top-level files, in one request."""
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-
-        api = HfApi(endpoint=self.endpoint, library_name="medllm-pack", library_version=__version__)
-        # With a complete cache to fall back on, a Hub that is down should cost no minute.
-        tries = 1 if self.cache.is_complete(self.role) else self.patience.tries
-        for failures in range(1, tries + 1):
-            wait_s = 0.0
-            cause: Exception
-            try:
-                info = api.model_info(
-                    self.name,
-                    revision=self.revision,
-                    files_metadata=True,
-                    timeout=self.patience.stall_s,
-                )
-                break
-            except HfHubHTTPError as error:
-                if error.response.status_code not in PASSING:
-                    raise self.address.explained(error) from error
-                problem, cause = f"it answers {error.response.status_code}", error
-                wait_s = retry_after(error.response)
-            except network_error() as error:
-                problem, cause = told(error), error
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise self._no_hub() from error
-            if failures < tries:
-                self.patience.wait(failures, wait_s)
-        else:
-            raise _UnreachableError(f"{self.address.host} is not reachable ({problem})") from cause
-        if not COMMIT.fullmatch(info.sha or ""):
-            raise self._no_hub()
-        return str(info.sha), {
-            sibling.rfilename: sibling
-            for sibling in info.siblings or ()
-            if "/" not in sibling.rfilename
-        }
-
-    def _no_hub(self) -> SourceError:
-        return SourceError(
-            f"what answers at {shown(self.endpoint)} is no Hugging Face Hub; check HF_ENDPOINT, "
-            "and whether the network wants a login page to be visited first"
-        )
-
     def _bring(self, items: Sequence[Item], commit: str, what: str) -> dict[str, LocalFile]:
-        missing = [item for item in items if not self.cache.has(item, commit)]
-        if missing:
-            self._check_space(missing)
-            total = sum(item.size for item in missing)
-            self.report.step(f"download {self.name}: {what}", total_bytes=total)
-            for item in missing:
-                download = Download(
-                    item,
-                    commit,
-                    address=self.address,
-                    cache=self.cache,
-                    patience=self.patience,
-                    report=self.report,
-                )
-                download.run()
-        return {item.name: self.cache.take(item, commit) for item in items}
-
-    def _check_space(self, items: Sequence[Item]) -> None:
-        parts = [self.cache.part(item) for item in items]
-        have = sum(part.stat().st_size for part in parts if part.exists())
-        needed, free = sum(item.size for item in items) - have, files.disk_free(self.cache.folder)
-        if needed > free:
-            raise SourceError(
-                f"{self.name} needs {needed:,} more bytes and the disk of the Hub cache "
-                f"{shown(self.cache.root)} has {free:,} free; free some space, or set HF_HOME "
-                "to a folder on another disk"
-            )
-
-
-def _item(sibling: Any) -> Item:
-    """Take what the Hub lists for a file, trusting none of it as a path."""
-    lfs = sibling.lfs
-    size, digest = (lfs.size, lfs.sha256) if lfs else (sibling.size, sibling.blob_id)
-    if type(size) is not int or size < 0 or not DIGEST.fullmatch(str(digest)):
-        raise SourceError(
-            f"the Hub states no size and digest for {shown(sibling.rfilename)}; if HF_ENDPOINT "
-            "names a mirror, use huggingface.co or a folder"
+        return bring(
+            items,
+            commit,
+            what=what,
+            address=self.address,
+            cache=self.cache,
+            patience=self.patience,
+            report=self.report,
         )
-    check_small(sibling.rfilename, size)
-    return Item(sibling.rfilename, size, str(digest))

@@ -60,7 +60,7 @@ def _is_plain(name: str) -> bool:
 
 def check_small(name: str, size: int) -> None:
     """Raise SourceError if a file other than weights is larger than such files are."""
-    if not name.endswith(".safetensors") and size > SMALL_LIMIT:
+    if not name.endswith((".safetensors", ".gguf")) and size > SMALL_LIMIT:
         raise SourceError(
             f"{shown(name)} has {size:,} bytes; at most {SMALL_LIMIT:,} are read from such a file"
         )
