@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, Keys
 
@@ -32,6 +32,13 @@ _SCALARS = {
     GGUFValueType.FLOAT32: "<f", GGUFValueType.UINT64: "<Q", GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d", GGUFValueType.BOOL: "<B",
 }  # fmt: skip
+
+
+class Readable(Protocol):
+    """Whatever gives bytes from its start on."""
+
+    def read(self, n: int, /) -> bytes:
+        """Return the next ``n`` bytes, fewer at the end."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,30 @@ def read_gguf(path: Path) -> GGUFFile:
     except OSError as error:
         raise GGUFError(f"{shown(path)} cannot be opened: {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
-        try:
-            return _Parser(file, os.fstat(fd).st_size).parse()
-        except GGUFError as error:
-            raise GGUFError(f"{shown(path.name)} is not a sound GGUF file: {error}") from error
+        return read_header(file, size=os.fstat(fd).st_size, name=path.name)
+
+
+def read_header(file: Readable, *, size: int, name: str) -> GGUFFile:
+    """Read a header from the start of a file, wherever it lies; nothing behind it is read.
+
+    Args:
+        file: read forward only.
+        size: of the whole file.
+        name: for messages.
+
+    Raises:
+        GGUFError: if the file breaks a rule of the format, naming the field.
+    """
+    try:
+        return _Parser(file, size).parse()
+    except GGUFError as error:
+        raise GGUFError(f"{shown(name)} is not a sound GGUF file: {error}") from error
 
 
 class _Parser:
     """Walks through a header; every read is checked against the bytes that are left."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: Readable, size: int) -> None:
         self.file, self.size, self.position = file, size, 0
 
     def parse(self) -> GGUFFile:
