@@ -2,11 +2,13 @@
 
 Speaks what the real huggingface_hub client asks for when it reads: repository information, the
 tree, and files, small ones directly and large ones by redirect to a signed address of the storage
-host. Such an address works once. Every request is recorded.
+host. Such an address works once. It is written to by LFS, basic or in parts, and by commits that
+may name their parent. Every request is recorded.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -21,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS = (".safetensors", ".bin", ".model")  # what a Hub repository's .gitattributes says
+LFS = (".safetensors", ".bin", ".model", ".gguf")  # what a Hub repository's .gitattributes says
 _CHUNK = 64 << 10
 
 
@@ -40,8 +42,14 @@ class Request:
     @property
     def start(self) -> int:
         """First byte that was asked for."""
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("range", ""))
         return int(match[1]) if match else 0
+
+    @property
+    def stop(self) -> int | None:
+        """Byte behind the last one that was asked for."""
+        match = re.fullmatch(r"bytes=\d+-(\d+)", self.headers.get("range", ""))
+        return int(match[1]) + 1 if match else None
 
 
 @dataclass
@@ -64,6 +72,15 @@ class Faults:
     seconds_per_chunk: float = 0.0
     retry_after: str = ""
     redirect_to: str = ""  # instead of the storage host
+    part_size: int = 0  # of uploads in parts; 0 for whole files
+    put_errors: list[int] = field(default_factory=list)
+    cut_puts: list[int] = field(default_factory=list)  # bytes that are read of an upload
+    commit_errors: list[int] = field(default_factory=list)
+    lost_answers: int = 0  # commits that are made, and the answer lost
+    other_commits: int = 0  # commits by others just before ours
+    wrong_commits: int = 0  # commits that hold other bytes than were sent
+    bad_metadata: bool = False
+    no_xet: bool = True
 
 
 @dataclass
@@ -72,6 +89,7 @@ class Repository:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, files: Mapping[str, bytes], *, ref: str = "main") -> str:
         """Add a commit and move ``ref`` to it."""
@@ -100,6 +118,9 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.faults = Faults()
         self.tokens: set[str] = set()
+        self.read_only: set[str] = set()
+        self.stored: dict[str, bytes] = {}  # what was uploaded by LFS, by SHA-256
+        self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[Request] = []
         self.tickets: dict[str, tuple[str, bytes]] = {}
         self.lock = threading.Lock()
@@ -121,6 +142,10 @@ class FakeHub:
     def downloads(self, name: str) -> list[Request]:
         """Return the requests whose answers carried, or should have carried, a file's bytes."""
         return [r for r in self.requests if r.name == name and r.status in {0, 200, 206}]
+
+    def calls(self, method: str, part: str) -> list[Request]:
+        """Return the requests of a method whose path has a part."""
+        return [r for r in self.requests if r.method == method and part in r.path]
 
     def sent(self, name: str) -> int:
         return sum(request.body_bytes for request in self.downloads(name))
@@ -170,6 +195,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:  # noqa: N802
         self.do_GET()
 
+    def do_POST(self) -> None:  # noqa: N802
+        self.do_GET()
+
+    def do_PUT(self) -> None:  # noqa: N802
+        self.do_GET()
+
+    def body(self) -> bytes:
+        """Return what the request carries; an upload may be cut."""
+        length = int(self.request_record.headers.get("content-length", "0"))
+        faults = self.faults
+        if self.command == "PUT" and faults.cut_puts:
+            length = min(length, faults.cut_puts.pop(0))
+            self.rfile.read(length)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
+        data = bytearray()
+        while len(data) < length and (chunk := self.rfile.read(min(_CHUNK, length - len(data)))):
+            data += chunk
+            self.request_record.body_bytes += len(chunk)
+            time.sleep(faults.seconds_per_chunk)
+        return bytes(data)
+
+    def send_json(self, value: Any, status: int = 200, **headers: str) -> None:
+        self.send(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
+
     def do_GET(self) -> None:  # noqa: N802
         self.fake, self.faults = self.server.fake, self.server.fake.faults
         headers = {key.lower(): value for key, value in self.headers.items()}
@@ -200,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in faults.wrong_bytes:
             data = bytes(len(data) - 1) + b"\xff"
         data += bytes(faults.extra_bytes)
-        start, status = record.start, 200
-        if start and not faults.ignore_range:
+        start, status, stop = record.start, 200, record.stop
+        if (start or stop) and not faults.ignore_range:
             if start >= len(data):
                 self.send(416, Content_Range=f"bytes */{len(data)}")
                 return
@@ -209,8 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             if faults.wrong_ranges and start + 1 < len(data):
                 faults.wrong_ranges -= 1
                 start += 1
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            data = data[start:]
+            stop = min(stop or len(data), len(data))
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            data = data[start:stop]
         record.status = status
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -247,6 +298,10 @@ class _HubHandler(_Handler):
         if authorization and authorization.removeprefix("Bearer ") not in self.fake.tokens:
             message = "Invalid credentials in Authorization header"
             self.send(401, X_Error_Message=message)
+        elif self.command == "POST":
+            self._write(path, authorization)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            self._api(match[1], "revision", "main")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path):
             self._api(*match.groups())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -269,12 +324,133 @@ class _HubHandler(_Handler):
             else {
                 "id": repo,
                 "sha": sha,
+                "private": self.fake.repositories[repo].private,
                 "gated": "auto" if self.faults.gated else False,
                 "siblings": [self._sibling(name, data) for name, data in files.items()],
             }
         )
         body = json.dumps(document).encode()
         self.send(200, body, Content_Type="application/json")
+
+    def _write(self, path: str, authorization: str | None) -> None:
+        body = self.body()
+        token = (authorization or "").removeprefix("Bearer ")
+        if path == "/api/validate-yaml":
+            bad = [{"message": "license is odd"}] if self.faults.bad_metadata else []
+            self.send_json({"errors": bad, "warnings": []}, 400 if bad else 200)
+        elif path.startswith("/lfs/"):  # the client sends no token to these
+            self._finish(path.removeprefix("/lfs/"), json.loads(body))
+        elif not authorization:
+            self.send(401, X_Error_Message="Invalid username or password.")
+        elif token in self.fake.read_only:
+            self.send(403, X_Error_Message="your token is read-only")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._batch(json.loads(body))
+        elif match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path
+        ):
+            {"preupload": self._preupload, "commit": self._commit, "branch": self._branch}[
+                match[2]
+            ](match[1], match[3], body)
+        else:
+            self.send(404)
+
+    def _create(self, wanted: Mapping[str, Any]) -> None:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        known = name in self.fake.repositories
+        if not known:
+            repository = self.fake.repository(name)
+            repository.private = wanted.get("visibility") == "private"
+            repository.commit({".gitattributes": b"*.gguf filter=lfs\n"})
+        self.send_json({"url": f"{self.fake.endpoint}/{name}"}, 409 if known else 200)
+
+    def _branch(self, repo: str, branch: str, body: bytes) -> None:
+        repository = self.fake.repositories[repo]
+        repository.refs.setdefault(branch, repository.refs["main"])
+        self.send_json({})
+
+    def _preupload(self, repo: str, branch: str, body: bytes) -> None:
+        found = self._find(repo, branch)
+        if found is None:
+            return
+        files = found[1]
+        answers = [
+            {
+                "path": (name := wanted["path"]),
+                "uploadMode": "lfs" if name.endswith(LFS) else "regular",
+                "shouldIgnore": False,
+                "oid": etag(name, files[name]) if name in files else None,
+            }
+            for wanted in json.loads(body)["files"]
+        ]
+        self.send_json({"files": answers})
+
+    def _batch(self, wanted: Mapping[str, Any]) -> None:
+        self.send_json(
+            {"transfer": "basic", "objects": [self._object(x) for x in wanted["objects"]]}
+        )
+
+    def _object(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        oid, size = wanted["oid"], wanted["size"]
+        answer: dict[str, Any] = {"oid": oid, "size": size}
+        if oid in self.fake.stored:
+            return answer
+        place = f"{self.fake.storage}/up/{oid}"
+        upload: dict[str, Any] = {"href": f"{place}?sig=s3cret", "header": {}}
+        if step := self.faults.part_size:
+            parts = range(1, -(-size // step) + 1)
+            upload = {
+                "href": f"{self.fake.endpoint}/lfs/complete/{oid}",
+                "header": {"chunk_size": str(step)}
+                | {f"{n:05}": f"{place}/{n}?sig=s3cret" for n in parts},
+            }
+        verify = {"href": f"{self.fake.endpoint}/lfs/verify/{oid}"}
+        return answer | {"actions": {"upload": upload, "verify": verify}}
+
+    def _finish(self, path: str, wanted: Mapping[str, Any]) -> None:
+        kind, _, oid = path.partition("/")
+        if kind == "complete":
+            parts = self.fake.parts.get(oid, {})
+            data = b"".join(parts[entry["partNumber"]] for entry in wanted["parts"])
+            if sha256(data) == oid:
+                self.fake.stored[oid] = data
+        self.send(200 if oid in self.fake.stored else 400)
+
+    def _commit(self, repo: str, branch: str, body: bytes) -> None:
+        repository, faults = self.fake.repositories[repo], self.faults
+        lines = [json.loads(line) for line in body.splitlines()]
+        if faults.commit_errors:
+            self.send(faults.commit_errors.pop(0))
+            return
+        files = dict(repository.commits[repository.refs[branch]])
+        if faults.other_commits:
+            faults.other_commits -= 1
+            repository.commit({**files, "other.txt": b"other"}, ref=branch)
+        parent = lines[0]["value"].get("parentCommit")
+        if parent and parent != repository.refs[branch]:
+            self.send(412, X_Error_Message="A commit has happened since")
+            return
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "lfsFile" and value["oid"] not in self.fake.stored:
+                self.send(400, X_Error_Message="LFS pointer points to nothing")
+                return
+            files[value["path"]] = (
+                self.fake.stored[value["oid"]]
+                if line["key"] == "lfsFile"
+                else base64.b64decode(value["content"])
+            )
+            if faults.wrong_commits:
+                faults.wrong_commits -= 1
+                files[value["path"]] = b"other bytes"
+        sha = repository.commit(files, ref=branch)
+        if faults.lost_answers:
+            faults.lost_answers -= 1
+            self.connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
+        self.send_json({"commitOid": sha, "commitUrl": f"{self.fake.endpoint}/{repo}/commit/{sha}"})
 
     def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"rfilename": name}
@@ -349,6 +525,9 @@ class _StorageHandler(_Handler):
 
     def answer(self) -> None:
         url = urlsplit(self.path)
+        if self.command == "PUT":
+            self._store(url.path)
+            return
         ticket = parse_qs(url.query).get("sig", [""])[0]
         with self.fake.lock:
             name, data = self.fake.tickets.pop(ticket, ("", b""))
@@ -360,3 +539,19 @@ class _StorageHandler(_Handler):
             self.send(self.faults.storage_errors.pop(0))
         else:
             self.send_file(name, data, ETag='"of-the-storage"')
+
+    def _store(self, path: str) -> None:
+        data = self.body()
+        _, _, oid, *number = path.split("/")
+        if "authorization" in self.request_record.headers:
+            self.send(400)
+        elif self.faults.put_errors:
+            self.send(self.faults.put_errors.pop(0))
+        elif number:
+            self.fake.parts.setdefault(oid, {})[int(number[0])] = data
+            self.send(200, ETag=f'"{sha256(data)[:32]}"')
+        elif sha256(data) == oid:
+            self.fake.stored[oid] = data
+            self.send(200, ETag='"whole"')
+        else:
+            self.send(400)

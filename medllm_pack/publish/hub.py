@@ -1,0 +1,295 @@
+"""A release to the Hugging Face Hub: everything in one commit, read back by its digests.
+
+The files are the pack's own, and three more that make `ollama run hf.co/org/repo:Q4_K_M` ask the
+model as the pack does. What is there already is not sent. The commit names its parent: whoever
+commits meanwhile wins, and nothing is mixed. The token is the Hub library's; it is never seen here.
+
+Memory: the small files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from medllm_pack import __version__
+from medllm_pack.errors import (
+    CheckFailedError,
+    SourceError,
+    TransferError,
+    UsageError,
+)
+from medllm_pack.ollama import create
+from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.progress import Reporter, Silent
+from medllm_pack.publish import read
+from medllm_pack.publish.hub_upload import Upload, library, translated
+from medllm_pack.publish.papers import checked_name, is_pack, names_of
+from medllm_pack.publish.release import Release
+from medllm_pack.publish.targets import HubTarget
+from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.weights.cache import COMMIT
+from medllm_pack.weights.listing import list_files
+from medllm_pack.weights.needed import listed
+
+PACK_JSON: Final = "pack.json"
+# What the Hub hands to Ollama beside the GGUF file: hub documentation, "Use Ollama with any GGUF
+# Model on Hugging Face Hub". The bytes are those of Ollama's own layers.
+BRIDGE: Final[Mapping[str, str]] = {
+    create.TEMPLATE: "template",
+    create.SYSTEM: "system",
+    create.PARAMS: "params",
+}
+
+
+@dataclass(frozen=True)
+class HubPublished:
+    """What stands on the Hub after publishing.
+
+    Attributes:
+        target: the repository and its branch.
+        commit: the commit that holds the release.
+        url: where people look at it.
+        created: whether the repository was made.
+        private: whether it is private; None if the Hub does not say.
+        sent: names of the files that were not there before; empty if nothing was committed.
+        files: name -> SHA-256 of all files of the release.
+    """
+
+    target: HubTarget
+    commit: str
+    url: str
+    created: bool
+    private: bool | None
+    sent: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+def publish_to_hub(
+    release: Release,
+    target: HubTarget,
+    *,
+    private: bool = True,
+    beside: Mapping[str, bytes] | None = None,
+    report: Reporter | None = None,
+    patience: Patience | None = None,
+    endpoint: str | None = None,
+) -> HubPublished:
+    """Bring a release to a repository, in one commit, and compare what is there with it.
+
+    Args:
+        release: from :func:`medllm_pack.publish.make.make_release`.
+        target: the repository, made if it is missing, and the branch, ``main`` by default.
+        private: whether a repository that is made is private; one that exists stays as it is.
+        beside: further small files, by name.
+        report: listener.
+        patience: how often and how long to try.
+        endpoint: address of the Hub; by default HF_ENDPOINT, or huggingface.co.
+
+    Raises:
+        UsageError: if the target is a commit.
+        TransferError: if the Hub refuses, or cannot be reached.
+        SourceError: if a file of the release is missing or has changed.
+        CheckFailedError: if the Hub holds something else than was sent.
+    """
+    files = wanted_files(release) | {
+        checked_name(name, of="the release"): Blob.of(data, "")
+        for name, data in (beside or {}).items()
+    }
+    hub = _Hub(target, report or Silent(), patience or Patience(), endpoint)
+    with library():
+        created = hub.ensure(private=private)
+        head, there = hub.listing()
+        changed = {n: blob for n, blob in files.items() if not is_same(blob, there.get(n))}
+        _refuse_a_mixture(release, files, there, target)
+        commit = hub.commit(changed, head, _message(release)) if changed else head
+        hub.check(files, commit)
+        return HubPublished(
+            target=target,
+            commit=commit,
+            url=f"{hub.address.endpoint}/{target.repository}/tree/{commit}",
+            created=created,
+            private=hub.is_private(),
+            sent=tuple(sorted(changed)),
+            files={name: blob.digest.hex for name, blob in sorted(files.items())},
+        )
+
+
+def wanted_files(release: Release) -> dict[str, Blob]:
+    """Return every file of a release by its name on the Hub.
+
+    Raises:
+        SourceError: if the release has no papers of a pack.
+    """
+    found: dict[str, Blob] = {}
+    for tagged in release.images:
+        papers = _papers(tagged.attached)
+        found |= papers
+        weights = read.weights_of(tagged.image)
+        found[_weights_name(papers, weights)] = weights
+    found |= _bridge(release)
+    return found
+
+
+def is_same(blob: Blob, sibling: Any) -> bool:
+    """Say whether the Hub lists these very bytes."""
+    if sibling is None:
+        return False
+    if sibling.lfs:
+        return bool(sibling.lfs.sha256 == blob.digest.hex and sibling.lfs.size == blob.size)
+    return bool(sibling.size == blob.size and sibling.blob_id == _git_digest(blob))
+
+
+def _papers(attached: tuple[Image, ...]) -> dict[str, Blob]:
+    """Return the files of all attached manifests by name."""
+    if not any(is_pack(image) for image in attached):
+        raise SourceError("the release has no papers of a pack; publish a pack folder")
+    papers: dict[str, Blob] = {}
+    for image in attached:
+        blobs = {blob.digest: blob for blob in image.layers}
+        papers |= {name: blobs[digest] for name, digest in names_of(image.manifest).items()}
+    return papers
+
+
+def _weights_name(papers: Mapping[str, Blob], weights: Blob) -> str:
+    for entry in _variants(papers):
+        if entry["sha256"] == weights.digest.hex:
+            return checked_name(entry["file"], of=PACK_JSON)
+    raise SourceError(f"{PACK_JSON} does not name the weights {weights.digest}; build again")
+
+
+def _variants(papers: Mapping[str, Blob]) -> list[Mapping[str, Any]]:
+    try:
+        return list(json.loads(read.small(papers[PACK_JSON]))["variants"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise SourceError(f"{PACK_JSON} does not describe a pack; build again") from error
+
+
+def _bridge(release: Release) -> dict[str, Blob]:
+    """Return the files that the Hub hands to Ollama; one of each serves all variants."""
+    found: dict[str, Blob] = {}
+    for tagged in release.images:
+        for layer in tagged.image.layers:
+            name = BRIDGE.get(layer.media_type)
+            if name and found.setdefault(name, layer).digest != layer.digest:
+                raise SourceError(
+                    f"the variants differ in their {name}, and a repository of the Hub has one "
+                    "for all; publish them to repositories of their own with --quant"
+                )
+    return found
+
+
+def _git_digest(blob: Blob) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % blob.size, usedforsecurity=False)
+    with blob.open() as file:
+        while data := file.read(4 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _refuse_a_mixture(
+    release: Release, files: Mapping[str, Blob], there: Mapping[str, Any], target: HubTarget
+) -> None:
+    """Refuse to leave weights there that the new pack.json describes otherwise."""
+    papers = _papers(release.images[0].attached)
+    odd = [
+        entry
+        for entry in _variants(papers)
+        if (sibling := there.get(entry["file"])) and entry["file"] not in files
+        if (sibling.lfs and sibling.lfs.sha256 != entry["sha256"]) or sibling.size != entry["size"]
+    ]
+    if odd:
+        quants = ",".join(entry["quant"] for entry in odd)
+        raise TransferError(
+            f"{target.repository} has {listed([entry['file'] for entry in odd])} of another "
+            f"build; publish {quants} as well, or delete it there first"
+        )
+
+
+def _message(release: Release) -> str:
+    quants = ", ".join(tagged.quant for tagged in release.images)
+    return f"Publish {quants} with medllm-pack {__version__}"
+
+
+class _Hub:
+    """The repository that is written to."""
+
+    def __init__(
+        self, target: HubTarget, report: Reporter, patience: Patience, endpoint: str | None
+    ) -> None:
+        from huggingface_hub import HfApi, constants, get_token
+
+        branch = target.revision or constants.DEFAULT_REVISION
+        if COMMIT.fullmatch(branch):
+            raise UsageError(f"{target} is a commit, and those never change; name a branch")
+        if constants.HF_HUB_OFFLINE:
+            raise TransferError("HF_HUB_OFFLINE=1 forbids to publish to the Hub; unset it")
+        if get_token() is None:
+            raise TransferError(
+                "publishing to the Hub needs a token with write access: log in with "
+                "`hf auth login`, or set HF_TOKEN"
+            )
+        self.report, self.patience = report, patience
+        self.address = Address(
+            target.repository, branch, (endpoint or constants.ENDPOINT).rstrip("/")
+        )
+        self.api = HfApi(
+            endpoint=self.address.endpoint, library_name="medllm-pack", library_version=__version__
+        )
+
+    def listing(self, revision: str | None = None) -> tuple[str, Mapping[str, Any]]:
+        """Return commit and files of the branch, or of a revision."""
+        address = replace(self.address, revision=revision or self.address.revision)
+        return list_files(address, patience=self.patience)
+
+    def ensure(self, *, private: bool) -> bool:
+        """Make repository and branch if they are missing; say whether the repository was made."""
+        try:
+            self.listing()
+            return False
+        except SourceError as error:
+            missing = type(error.__cause__).__name__
+            if missing not in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+                raise
+        created = missing == "RepositoryNotFoundError"
+        with translated(self.address):
+            if created:
+                self.api.create_repo(self.address.name, private=private, exist_ok=True)
+            if not created or self.address.revision != "main":
+                self.api.create_branch(
+                    self.address.name, branch=self.address.revision, exist_ok=True
+                )
+        return created
+
+    def is_private(self) -> bool | None:
+        """Say whether the repository is private, as far as the Hub says."""
+        with translated(self.address):
+            return self.api.model_info(self.address.name, timeout=self.patience.stall_s).private
+
+    def commit(self, files: Mapping[str, Blob], parent: str, message: str) -> str:
+        """Send files, commit them onto ``parent``, and return the commit."""
+        upload = Upload(self.api, self.address, self.report)
+        operations = upload.send(files)
+        self.report.step("commit")
+        try:
+            with translated(self.address):
+                return upload.commit(operations, parent=parent, message=message)
+        except TransferError:
+            # An answer may be lost although the commit was made.
+            head, there = self.listing()
+            if head != parent and all(is_same(b, there.get(n)) for n, b in files.items()):
+                return head
+            raise
+
+    def check(self, files: Mapping[str, Blob], commit: str) -> None:
+        """Compare what the Hub lists at a commit with the release."""
+        self.report.step("read back")
+        _, there = self.listing(commit)
+        if odd := sorted(n for n, blob in files.items() if not is_same(blob, there.get(n))):
+            raise CheckFailedError(
+                f"{self.address.name} at {commit[:12]} holds something else than was sent as "
+                f"{listed(odd)}; publish again, and do not announce this commit"
+            )
