@@ -15,6 +15,7 @@ from medllm_pack.cli import options as o
 from medllm_pack.cli.console import Output
 from medllm_pack.cli.install import install
 from medllm_pack.cli.parity import parity
+from medllm_pack.cli.verify import sign, verify
 
 if TYPE_CHECKING:
     from medllm_pack.pack.plan import Request
@@ -139,6 +140,8 @@ def inspect(
 
 app.command()(parity)
 app.command()(install)
+app.command()(sign)
+app.command()(verify)
 
 
 @recipes.command("list")

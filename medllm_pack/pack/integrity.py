@@ -24,10 +24,9 @@ from medllm_pack import files
 from medllm_pack.errors import GGUFError, SourceError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.pack import manifest
+from medllm_pack.pack.papers import SIGNATURE, SUMS
 from medllm_pack.progress import Reporter
 
-SUMS = "SHA256SUMS"
-SIGNATURE = "model.sig"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9._+\-]{0,199})", re.ASCII)
 
 

@@ -20,6 +20,7 @@ from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.plan import Plan
 
 SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
 
 
 def derived(document: Document) -> dict[str, str]:
@@ -60,7 +61,8 @@ def update(folder: Path, document: Document, more: Mapping[str, str]) -> None:
     """Replace pack.json, what derives from it, and other papers of a pack that exists.
 
     Each file is replaced in one step, SHA256SUMS last: a run that is killed in between leaves sums
-    that do not fit, which ``sha256sum -c`` says and the next run repairs.
+    that do not fit, which ``sha256sum -c`` says and the next run repairs. A signature is removed
+    first: it would not hold for the new papers.
 
     Args:
         folder: the pack.
@@ -74,6 +76,8 @@ def update(folder: Path, document: Document, more: Mapping[str, str]) -> None:
     texts = dict(more) | derived(document)
     lines = files.read_small(folder / SUMS).decode("utf-8").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    with files.translated(folder / SIGNATURE):
+        (folder / SIGNATURE).unlink(missing_ok=True)
     for name, text in texts.items():
         _replace(folder / name, text)
     sums |= {name: files.sha256(folder / name) for name in texts}

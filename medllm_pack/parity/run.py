@@ -125,6 +125,9 @@ def check_pack(
     with TemporaryDirectory(prefix="medllm-parity-") as temporary:
         ladder.climb(climbs, texts, Path(temporary))
     verdicts = tuple(climb.verdict for climb in climbs)
+    if (folder / papers.SIGNATURE).exists():
+        report.notice(f"{papers.SIGNATURE} is removed, since it cannot hold for the verdict; "
+                      "sign the pack again")  # fmt: skip
     record.write(folder, manifest, texts, verdicts)
     return Result(folder, texts, verdicts, record.describe(texts, verdicts))
 

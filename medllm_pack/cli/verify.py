@@ -1,0 +1,94 @@
+"""``medllm-pack verify`` and ``medllm-pack sign``: is it what it says it is, and who says so?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medllm_pack.cli import options as o
+from medllm_pack.cli.console import Output
+
+if TYPE_CHECKING:
+    from medllm_pack.progress import Reporter
+    from medllm_pack.publish.verify import Verified
+
+PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
+SubjectArg = Annotated[
+    Path, typer.Argument(metavar="PACK|FILE", help="a pack, a GGUF file or a bundle (.tar)")
+]
+PublicOpt = Annotated[
+    Path | None, typer.Option("--key", metavar="PUB", help="the signer's public key, PEM")
+]
+PrivateOpt = Annotated[
+    Path, typer.Option("--key", metavar="KEY", help="private elliptic curve key, PEM")
+]
+PasswordOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="environment variable that holds the key's password"),
+]
+
+
+def sign(
+    pack: PackArg,
+    key: PrivateOpt,
+    password_env: PasswordOpt = None,
+    force: o.ForceOpt = False,
+    json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> None:
+    """Sign a pack with a key, offline; needs the extra `sign`."""
+    from medllm_pack.errors import UsageError
+    from medllm_pack.publish.signing import sign as run_sign
+
+    output = Output(json=json, quiet=quiet or json)
+    password = None
+    if password_env is not None:
+        password = os.environ.get(password_env)
+        if password is None:
+            raise UsageError(f"the environment has no variable {password_env!r}")
+    with output.reporter() as report:
+        path = run_sign(pack, key=key, password=password, replace=force, report=report)
+    output.result(
+        {"signature": str(path)},
+        lambda: output.line(f"{path} written; check with: medllm-pack verify {pack} --key PUB"),
+    )
+
+
+def verify(
+    subject: SubjectArg,
+    key: PublicOpt = None,
+    json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> None:
+    """Check digests, papers, licence duties, parity and signature; exit code 3 if one says no."""
+    output = Output(json=json, quiet=quiet or json)
+    with output.reporter() as report:
+        verified = _verified(subject, key, report)
+    output.result(verified.document(), lambda: _show(output, verified))
+    verified.raise_if_failed()
+
+
+def _verified(subject: Path, key: Path | None, report: Reporter) -> Verified:
+    from medllm_pack.errors import SourceError, UsageError, shown
+    from medllm_pack.publish import verify as checks
+
+    if subject.is_dir():
+        return checks.verify_pack(subject, key=key, report=report)
+    if not subject.exists():
+        raise SourceError(f"{shown(subject)} does not exist")
+    if key is not None:
+        raise UsageError("--key checks the signature of a pack; a single file has none")
+    if subject.suffix.lower() == ".gguf":
+        return checks.verify_gguf(subject, report=report)
+    return checks.verify_bundle(subject, report=report)
+
+
+def _show(output: Output, verified: Verified) -> None:
+    words = {True: "yes", False: "NO", None: "-"}
+    rows = [(c.name, words[c.passed], c.detail) for c in verified.checks]
+    output.table(("check", "", "found"), rows)
+    if not verified.failed:
+        output.line(f"\n{verified.subject} verified: no check says no")

@@ -1,0 +1,210 @@
+"""Is a pack what it says it is? Every check that needs nothing but the pack, and a signer's key.
+
+A check says yes, no, or that it was not asked. Nothing is repaired and nothing is written. Files of
+other forms, a GGUF or a bundle, get the checks that make sense for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medllm_pack.errors import CheckFailedError, GGUFError, MedllmError, SourceError, shown
+from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.pack import integrity, manifest, papers
+from medllm_pack.pack.shape import read_pack
+from medllm_pack.progress import Reporter
+from medllm_pack.publish import gate, signing
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: such as ``digests``.
+        passed: None if it was not asked.
+        detail: a sentence; where the answer is no, what is wrong.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """All checks of one thing, in order."""
+
+    subject: str
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that say no."""
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def document(self) -> dict[str, Any]:
+        """Return the result as ``verify --json`` prints it."""
+        return {
+            "subject": self.subject,
+            "passed": not self.failed,
+            "checks": [
+                {"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks
+            ],
+        }
+
+    def raise_if_failed(self) -> None:
+        """Raise if a check says no.
+
+        Raises:
+            CheckFailedError: naming the first.
+        """
+        if self.failed:
+            first = self.failed[0]
+            more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+            raise CheckFailedError(f"{self.subject}: {first.name}: {first.detail}{more}")
+
+
+def verify_pack(folder: Path, *, key: Path | None, report: Reporter) -> Verified:
+    """Check a pack.
+
+    Args:
+        folder: the pack.
+        key: the signer's public key; the signature is not checked without.
+        report: listener.
+
+    Raises:
+        SourceError: if the folder is no pack at all.
+        UsageError: if the key cannot be read.
+    """
+    if not any((folder / name).exists() for name in (manifest.NAME, papers.SUMS)):
+        raise SourceError(f"{shown(folder)} is no pack: there is no {manifest.NAME} in it")
+    checks: list[Check] = []
+    document = _attempt(checks, "pack.json", lambda: read_pack(folder))
+    sums = _attempt(checks, "sums", lambda: integrity.read_sums(folder))
+    if sums is not None:
+        checks.append(_all("files", integrity.listing_faults(folder, sums),
+                           f"all {len(sums)} are there, and nothing else"))  # fmt: skip
+        checks.append(_all("digests", integrity.digest_faults(folder, sums, report=report),
+                           "every byte is the one that was written"))  # fmt: skip
+    if sums is not None and document is not None:
+        checks.append(_all("agreement", integrity.agreement_faults(document, sums),
+                           "pack.json and SHA256SUMS state the same digests"))  # fmt: skip
+    if document is not None:
+        checks += _of_document(folder, document)
+    checks.append(_signature(folder, key))
+    return Verified(str(folder), tuple(checks))
+
+
+def verify_gguf(path: Path, *, report: Reporter) -> Verified:
+    """Check a GGUF file: its header, and its digest where a SHA256SUMS lies beside it."""
+    try:
+        header = read_gguf(path)
+        checks = [Check("header", True, f"{len(header.tensors)} tensors, no gap and no rest")]
+    except GGUFError as error:
+        checks = [Check("header", False, str(error))]
+    if not (path.parent / papers.SUMS).exists():
+        checks.append(Check("digest", None, f"there is no {papers.SUMS} beside the file"))
+        return Verified(str(path), tuple(checks))
+    sums = _attempt(checks, "sums", lambda: integrity.read_sums(path.parent))
+    if sums is not None and path.name not in sums:
+        checks.append(Check("digest", False, f"{papers.SUMS} does not name {path.name}"))
+    elif sums is not None:
+        faults = integrity.digest_faults(path.parent, {path.name: sums[path.name]}, report=report)
+        checks.append(_all("digest", faults, f"SHA-256 {sums[path.name]}"))
+    return Verified(str(path), tuple(checks))
+
+
+def verify_bundle(path: Path, *, report: Reporter) -> Verified:
+    """Check a bundle: its form, every blob, and that its papers speak of its weights."""
+    from medllm_pack.publish.bundle import read_bundle
+
+    checks: list[Check] = []
+    release = _attempt(checks, "bundle", lambda: read_bundle(path, report=report))
+    for tagged in release.images if release else ():
+        model = next(b for b in tagged.image.layers if b.media_type.endswith(".image.model"))
+        said = {v["quant"]: v["sha256"] for v in _pack_json(tagged.attached).get("variants", ())}
+        same = said.get(tagged.quant) == model.digest.hex
+        fact = "is the file" if same else "is not the file"
+        checks.append(Check(f"weights {tagged.quant}", same, f"{model.digest} {fact} of pack.json"))
+    return Verified(str(path), tuple(checks))
+
+
+def _pack_json(attached: Iterable[Any]) -> Mapping[str, Any]:
+    for image in attached:
+        names = {
+            layer.get("annotations", {}).get("org.opencontainers.image.title"): layer["digest"]
+            for layer in json.loads(image.manifest)["layers"]
+        }
+        for blob in image.layers:
+            if str(blob.digest) == names.get(manifest.NAME):
+                with blob.open() as file:
+                    content: Mapping[str, Any] = json.loads(file.read())
+                return content
+    return {}
+
+
+def _of_document(folder: Path, document: manifest.Document) -> list[Check]:
+    licence = (f"{reason.text}" for reason in gate.licence_reasons(folder, document))
+    return [
+        _all("headers", integrity.header_faults(folder, document, document["variants"]),
+             "sizes, types, name and licence are those of pack.json"),
+        _all("papers", _paper_faults(folder, document), "what derives from pack.json does"),
+        _all("licence", licence, f"{document['license']['id']}; its duties are fulfilled"),
+        _parity(document),
+    ]  # fmt: skip
+
+
+def _paper_faults(folder: Path, document: manifest.Document) -> Iterable[str]:
+    try:
+        expected = papers.derived(document)
+    except MedllmError as error:
+        yield str(error)
+        return
+    for name, text in expected.items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() != text.encode("utf-8"):
+            yield f"{name} is not what this version derives from pack.json"
+
+
+def _parity(document: manifest.Document) -> Check:
+    reasons = gate.parity_reasons(document, document["variants"])
+    faults = {reason.name: reason.text for reason in reasons}
+    if gate.PARITY_FAILED in faults:
+        return Check("parity", False, faults[gate.PARITY_FAILED])
+    if gate.PARITY_MISSING in faults:
+        return Check("parity", None, faults[gate.PARITY_MISSING])
+    return Check("parity", True, "every variant is the model it was made from")
+
+
+def _signature(folder: Path, key: Path | None) -> Check:
+    name = "signature"
+    if key is not None:
+        fault = signing.check_signature(folder, key=key)
+        return Check(name, fault is None, fault or f"made with the key of {key.name}")
+    if (folder / papers.SIGNATURE).exists():
+        return Check(name, None, f"there is a {papers.SIGNATURE}; --key PUB checks it")
+    return Check(name, None, "the pack is not signed")
+
+
+def _all(name: str, faults: Iterable[str], good: str) -> Check:
+    found = list(faults)
+    if not found:
+        return Check(name, True, good)
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return Check(name, False, f"{found[0]}{more}")
+
+
+def _attempt(checks: list[Check], name: str, do: Callable[[], Any]) -> Any:
+    """Return what ``do`` returns; note a check that says no, and return None, if it cannot."""
+    try:
+        result = do()
+    except MedllmError as error:
+        checks.append(Check(name, False, str(error)))
+        return None
+    checks.append(Check(name, True, "it can be read"))
+    return result
