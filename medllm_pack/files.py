@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,36 @@ def sha256(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
             if advance is not None:
                 advance(n)
     return digest.hexdigest()
+
+
+class DigestBehind:
+    """A SHA-256 computed by a thread of its own while its caller fetches the next bytes.
+
+    One piece is digested at a time: what was given before the last piece may be overwritten.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
+        self._last: Future[None] | None = None
+
+    def update(self, data: memoryview) -> None:
+        """Give the next bytes; they must stay as they are until the call after this one."""
+        self._wait()
+        self._last = self._thread.submit(self._digest.update, data)
+
+    def hexdigest(self) -> str:
+        """Return the digest of everything given."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
 
 
 def canonical_json(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks.make_checkpoint import Shape, make
+from medllm_pack import direct
 from medllm_pack.errors import MedllmError, WriteError
 from medllm_pack.gguf.layout import lay_out
 from medllm_pack.gguf.reader import read_gguf
@@ -477,16 +477,21 @@ def test_output_that_is_not_complete_has_no_digest(tmp_path: Path) -> None:
     layout = lay_out([], [("a.weight", (4, 32), "F16"), ("b.weight", (3,), "F32")], file_type=1)
     output = Output(tmp_path / "x.gguf", layout)
     output.write(layout.by_name["b.weight"].offset, bytes(12))
-    with pytest.raises(WriteError, match=f"only up to byte {len(layout.header)}"):
+    with pytest.raises(WriteError, match="only up to byte 0"):
         output.finish()
     output.close()
 
 
+@pytest.mark.parametrize("bypass", [True, False])
+@pytest.mark.parametrize("columns", [32, 4096])
 @pytest.mark.parametrize("seed", range(5))
-def test_digest_is_the_files_whatever_the_order_of_the_blocks(tmp_path: Path, seed: int) -> None:
-    shapes = [(f"blk.{i}.attn_q.weight", (7, 32), "Q8_0") for i in range(9)]
+def test_digest_is_the_files_whatever_the_order_of_the_blocks(
+    tmp_path: Path, seed: int, columns: int, bypass: bool
+) -> None:
+    """Rows of 34 bytes share pages with many others; rows of 4352 hold none, one or two."""
+    shapes = [(f"blk.{i}.attn_q.weight", (7, columns), "Q8_0") for i in range(9)]
     layout = lay_out([], [*shapes, ("output_norm.weight", (5,), "F32")], file_type=7)
-    output = Output(tmp_path / "x.gguf", layout)
+    output = Output(tmp_path / "x.gguf", layout, direct=bypass)
     pieces = [
         (slot.offset + row * slot.row_bytes, slot.row_bytes)
         for slot in layout.slots
@@ -494,11 +499,14 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(tmp_path: Path, se
     ]
     order = random.Random(seed)
     order.shuffle(pieces)
+    expected = bytearray(layout.header.ljust(layout.size, b"\0"))
     for offset, size in pieces:
-        output.write(offset, order.randbytes(size))
+        expected[offset : offset + size] = order.randbytes(size)
+        output.write(offset, bytes(expected[offset : offset + size]))
     digest = output.finish()
     output.close()
     content = (tmp_path / "x.gguf").read_bytes()
+    assert content == expected
     assert len(content) == layout.size
     assert digest == hashlib.sha256(content).hexdigest()
     assert read_gguf(tmp_path / "x.gguf").tensors == layout.slots
@@ -507,18 +515,17 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(tmp_path: Path, se
 def test_build_larger_than_memory_gives_the_same_bytes(
     tmp_path: Path, llama_folder: Path, llama_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then what was read is dropped from the page cache."""
-    advised: list[tuple[int, int, int, int]] = []
-    really_advise = os.posix_fadvise
+    """Then the page cache is bypassed where the file system can."""
+    asked: list[int] = []
 
-    def advise(fd: int, offset: int, length: int, advice: int) -> None:
-        advised.append((fd, offset, length, advice))
-        really_advise(fd, offset, length, advice)
+    def switch_on(fd: int) -> bool:
+        asked.append(fd)
+        return direct.switch_on(fd)
 
     for place in "ab":
         run(tmp_path / place, quants=["f16"], base=llama_folder, adapter=llama_adapter)
         monkeypatch.setattr("medllm_pack.files.memory_available", lambda: 1_000_000)
-        monkeypatch.setattr(os, "posix_fadvise", advise)
-    assert advised
+        monkeypatch.setattr("medllm_pack.weights.safetensors.switch_on", switch_on)
+    assert asked
     for name in ("Pico-F16.gguf", "pack.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -65,10 +65,15 @@ def test_shards_read_like_a_single_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("bypass", [False, True])
 @pytest.mark.parametrize("order", ["file", "reversed", "partly"])
-def test_digest_is_that_of_the_file_in_any_reading_order(llama_folder: Path, order: str) -> None:
+def test_digest_is_that_of_the_file_in_any_reading_order(
+    llama_folder: Path, order: str, bypass: bool
+) -> None:
     path = llama_folder / "model.safetensors"
     file = TensorFile(path)
+    if bypass:
+        file.bypass_page_cache()
     specs = {"file": file.tensors, "reversed": file.tensors[::-1], "partly": file.tensors[:3]}
     for spec in specs[order]:
         file.read(spec, 0, spec.rows)
@@ -89,9 +94,12 @@ def _bytes_read() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
 
 
-def test_file_cut_short_while_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bypass", [False, True])
+def test_file_cut_short_while_read_is_an_error(tmp_path: Path, bypass: bool) -> None:
     folder = pico.write_model(tmp_path / "m")
     file = TensorFile(folder / "model.safetensors")
+    if bypass:
+        file.bypass_page_cache()
     os.truncate(folder / "model.safetensors", file.size - 100)
     with pytest.raises(CheckpointError, match="cut short"):
         file.read(file.tensors[-1], 0, file.tensors[-1].rows)

@@ -167,7 +167,7 @@ def memory_bytes(threads: int) -> int:
     """Return the peak memory of a build of LLaMA-2-7B's width, roughly; measured in docs/log.md."""
     # The interpreter with numpy and numba, and a block as it is read, merged, rounded, widened
     # and quantized, for every thread.
-    return (170 << 20) + threads * BLOCK_WEIGHTS * 19
+    return (170 << 20) + (threads + 1) * BLOCK_WEIGHTS * 24
 
 
 def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tuple[Digests, Digests]:
@@ -178,8 +178,8 @@ def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tupl
             file.file: stack.enter_context(closing(Output(folder / file.file, file.layout)))
             for file in plan.files
         }
-        if plan.bytes_to_read + plan.bytes_to_write > files.memory_available():
-            source.forget_what_was_read()
+        if plan.bytes_to_read > files.memory_available() // 2:
+            source.bypass_page_cache()  # what is smaller may be in the page cache already
         specs = list(source.tensors.values())
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
@@ -231,13 +231,15 @@ def _blocks(source: Source, specs: Sequence[TensorSpec], *, head_dim: int) -> It
 def _in_parallel(
     work: Callable[[Rows], int], blocks: Iterator[Rows], *, threads: int, report: Reporter
 ) -> None:
-    """Run ``work`` over all blocks, at most ``threads`` + 1 of them in memory."""
+    """Run ``work`` over all blocks, at most ``threads`` + 2 of them in memory."""
     pending: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="block") as pool:
+    # One worker more than processors: one of them waits for the disk most of the time.
+    workers = threads + 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="block") as pool:
         try:
             for rows in blocks:
                 pending.append(pool.submit(work, rows))
-                while len(pending) > threads or (pending and pending[0].done()):
+                while len(pending) > workers or (pending and pending[0].done()):
                     report.advance(pending.popleft().result())
             while pending:
                 report.advance(pending.popleft().result())

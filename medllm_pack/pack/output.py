@@ -1,16 +1,17 @@
 """A GGUF file being filled: of its full size at once, written by any thread, digested behind.
 
-Blocks arrive in any order; a SHA-256 needs them in the order of the file. A thread of its own
-follows the part that is complete from the start, reads it back and digests it while later blocks
-are still being made. So the digest is of what the file holds, not of what was meant to be written,
-and costs no pass of its own.
+Blocks arrive in any order and begin anywhere; the disk is given whole pages, past the page cache.
+The whole pages of a block are written at once; a page that two blocks share waits for the second.
+A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
+complete from the start, reads it back and digests it while later blocks are still being made. So
+the digest is of what the file holds, not of what was meant to be written, and costs no pass of its
+own.
 
-Memory: one buffer a file.
+Memory: two buffers a file, one window a thread, and a page where two tensors meet.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from pathlib import Path
@@ -18,17 +19,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from medllm_pack.direct import PAGE, aligned, page_ceil, page_floor, switch_on
 from medllm_pack.errors import WriteError
+from medllm_pack.files import DigestBehind
 from medllm_pack.gguf.layout import Layout
 
-_CHUNK = 4 << 20
+_CHUNK = 4 << 20  # read back and digested at once
+_WINDOW = 1 << 20  # copied and written at once; stays in a core's cache
 
 
 class Output:
     """A file of a known layout; use :meth:`write` for rows, then :meth:`finish`."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, *, direct: bool = True) -> None:
         """Create the file at its full size and write its header.
+
+        Args:
+            path: must not exist.
+            layout: its header and places.
+            direct: whether to bypass the page cache where the file system does it.
 
         Raises:
             OSError: if the disk says no.
@@ -37,22 +46,26 @@ class Output:
         self.name = path.name
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._written = _Prefix()
+        self._shared = _SharedPages(layout.size)
+        self._window = _Window()
         self._changed = threading.Condition()
         self._stopped = False
         self._error: OSError | None = None
-        self._digest = hashlib.sha256()
+        self._digest = DigestBehind()
         # A daemon: an interrupt while it starts must not leave a process that waits for it.
         self._follower = threading.Thread(
             target=self._follow, name=f"digest {self.name}", daemon=True
         )
         try:
-            # A hole of the full size: the padding between tensors stays zero. Not fallocate, which
-            # takes five times the system time (docs/log.md); the plan has looked at the free space,
-            # and a disk that fills up meanwhile fails the write that finds no room.
+            # A hole of the full size. Not fallocate, which takes five times the system time
+            # (docs/log.md); the plan has looked at the free space, and a disk that fills up
+            # meanwhile fails the write that finds no room.
             os.ftruncate(self._fd, layout.size)
+            if direct:
+                switch_on(self._fd)
             for slot, following in zip(layout.slots, (*layout.slots[1:], None), strict=True):
                 end = following.offset if following else layout.size
-                self._written.add(slot.offset + slot.nbytes, end)
+                self.write(slot.offset + slot.nbytes, bytes(end - slot.offset - slot.nbytes))
             self.write(0, layout.header)
             self._follower.start()
         except BaseException:
@@ -61,14 +74,17 @@ class Output:
 
     def write(self, offset: int, data: bytes | NDArray[np.uint8]) -> None:
         """Write bytes at their place; every byte of the file is written once."""
-        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-        start, end = offset, offset + len(view)
-        while view:
-            n = os.pwrite(self._fd, view, offset)
-            view, offset = view[n:], offset + n
-        with self._changed:
-            self._written.add(start, end)
-            self._changed.notify()
+        data = np.frombuffer(data, dtype=np.uint8)
+        end = offset + data.size
+        first, last = page_ceil(offset), page_floor(end)
+        if first >= last:  # no whole page; at most one boundary inside
+            cut = min(first, end) - offset
+            self._put_part(offset, data[:cut])
+            self._put_part(offset + cut, data[cut:])
+            return
+        self._put_part(offset, data[: first - offset])
+        self._put_pages(first, data[first - offset : last - offset])
+        self._put_part(last, data[last - offset :])
 
     def finish(self) -> str:
         """Wait until all is digested and on the disk; return the SHA-256.
@@ -78,11 +94,12 @@ class Output:
             OSError: if the disk says no.
         """
         with self._changed:
-            if self._written.end != self.layout.size:
+            if self._written.end < self.layout.size:
                 raise WriteError(f"{self.name} is complete only up to byte {self._written.end}")
         self._follower.join()
         if self._error is not None:
             raise self._error
+        os.ftruncate(self._fd, self.layout.size)  # the last page was written whole
         os.fsync(self._fd)
         return self._digest.hexdigest()
 
@@ -93,15 +110,38 @@ class Output:
             self._changed.notify()
         if self._follower.is_alive():
             self._follower.join()
+        self._digest.close()
         os.close(self._fd)
 
+    def _put_part(self, offset: int, part: NDArray[np.uint8]) -> None:
+        """Put bytes into the one page they lie in, and write that once it is complete."""
+        if part.size:
+            with self._changed:
+                page = self._shared.add(offset, part)
+            if page is not None:
+                self._put_pages(page_floor(offset), page)
+
+    def _put_pages(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Write whole pages, through memory that begins at a page."""
+        window = self._window.memory
+        for position in range(0, data.size, _WINDOW):
+            part = data[position : position + _WINDOW]
+            window[: part.size] = part
+            view, offset = window[: part.size].data, start + position
+            while view:
+                n = os.pwrite(self._fd, view, offset)
+                view, offset = view[n:], offset + n
+        with self._changed:
+            self._written.add(start, start + data.size)
+            self._changed.notify()
+
     def _follow(self) -> None:
-        position, buffer = 0, memoryview(bytearray(_CHUNK))
+        position, buffer, other = 0, aligned(_CHUNK).data, aligned(_CHUNK).data
         try:
             while position < self.layout.size and (end := self._wait_beyond(position)):
                 n = os.preadv(self._fd, [buffer[: end - position]], position)
-                self._digest.update(buffer[:n])
-                position += n
+                self._digest.update(buffer[: min(n, self.layout.size - position)])
+                position, buffer, other = position + n, other, buffer
         except OSError as error:
             self._error = error
 
@@ -110,6 +150,35 @@ class Output:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._written.end > position)
             return 0 if self._stopped else self._written.end
+
+
+class _Window(threading.local):
+    """Aligned memory for each thread that writes."""
+
+    def __init__(self) -> None:
+        self.memory = aligned(_WINDOW)
+
+
+class _SharedPages:
+    """Pages that several pieces fill, kept until they are complete."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pages: dict[int, tuple[NDArray[np.uint8], int]] = {}
+
+    def add(self, offset: int, part: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """Put bytes into their page; return the page if that completes it."""
+        start = page_floor(offset)
+        page, filled = self._pages.pop(start, (np.zeros(PAGE, dtype=np.uint8), 0))
+        page[offset - start : offset - start + part.size] = part
+        filled += part.size
+        wanted = min(PAGE, self._size - start)  # the last page of a file is padded
+        if filled > wanted:
+            raise AssertionError(f"bytes around {offset} are written twice")
+        if filled == wanted:
+            return page
+        self._pages[start] = page, filled
+        return None
 
 
 class _Prefix:

@@ -218,9 +218,9 @@ class Merged:
         a, b = self._matrices(pair)
         return add_low_rank(rows.values(), a, b[rows.start : rows.stop], pair.scale)
 
-    def forget_what_was_read(self) -> None:
-        """Leave the page cache to others, as the base does."""
-        self.base.forget_what_was_read()
+    def bypass_page_cache(self) -> None:
+        """Read the base straight from the disk from now on."""
+        self.base.bypass_page_cache()
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Return size and SHA-256 of every file of base and adapter, by name."""

@@ -10,7 +10,6 @@ Memory: the headers, and the rows that were asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,12 +24,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from medllm_pack.direct import PAGE, aligned, switch_on
 from medllm_pack.errors import CheckpointError, shown
+from medllm_pack.files import DigestBehind
 
 DType = Literal["F16", "BF16", "F32"]
 Values = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 
 _ITEM_BYTES: Mapping[str, int] = MappingProxyType({"F16": 2, "BF16": 2, "F32": 4})
+_ITEM_MAX = max(_ITEM_BYTES.values())
 # A 7B header has about 27 KB, a 70B one about 90 KB: the limits leave room and stop bombs.
 _MAX_HEADER = 8 << 20
 _MAX_TENSORS = 4096
@@ -105,8 +107,6 @@ class TensorFile:
     Read in the order of the file, the SHA-256 costs no second pass: every byte is hashed as it
     comes by. What was skipped or read out of order is read again for :meth:`digest`.
 
-    Attributes:
-        forgetful: whether what was read is dropped from the page cache.
     """
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
@@ -116,11 +116,11 @@ class TensorFile:
             CheckpointError: if the file is missing or breaks a rule of the format.
         """
         self.name = name or path.name
-        self.forgetful = False
+        self._step = 1
+        self._hash = DigestBehind()
         self._fd = _open_regular(path, self.name)
         try:
             self._status = os.fstat(self._fd)
-            self._hash = hashlib.sha256()
             self._hashed = 0
             header, self._data_start = self._read_header()
             self.tensors = _parse_header(
@@ -153,32 +153,42 @@ class TensorFile:
             raise CheckpointError(f"{shown(self.name)} changed while it was read; build again")
         return self._hash.hexdigest()
 
+    def bypass_page_cache(self) -> None:
+        """Read straight from the disk from now on, where the file system does it."""
+        self._step = PAGE if switch_on(self._fd) else 1
+
     def close(self) -> None:
         """Give the descriptor back."""
         if self._fd >= 0:
+            self._hash.close()
             os.close(self._fd)
             self._fd = -1
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
         if self._hashed < offset <= self._hashed + _SMALL_GAP:
             self._pread(self._hashed, offset - self._hashed)  # a norm that was read ahead
-        data = np.empty(size, dtype=np.uint8)
-        view, done = data.data, 0
-        while done < size:
-            n = os.preadv(self._fd, [view[done:]], offset + done)
-            if n == 0:
-                raise CheckpointError(
-                    f"{shown(self.name)} ends at byte {offset + done}, inside its tensors; "
-                    "it was cut short while it was read"
-                )
-            done += n
-        if self.forgetful:
-            # Advice only: what was read once leaves the page cache to what is being written.
-            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
+        data = self._window(offset, offset + size)
         if offset == self._hashed:
             self._hash.update(data.data)
             self._hashed += size
         return data
+
+    def _window(self, start: int, end: int) -> NDArray[np.uint8]:
+        """Read bytes as part of the whole pages they lie in, if the page cache is bypassed."""
+        first = start - start % self._step
+        memory = aligned(end + -end % self._step - first)
+        done = 0
+        while first + done < end:
+            n = os.preadv(self._fd, [memory.data[done:]], first + done)
+            if n < self._step and first + done + n < end:
+                raise CheckpointError(
+                    f"{shown(self.name)} ends at byte {first + done + n}, inside its tensors; "
+                    "it was cut short while it was read"
+                )
+            done += n if first + done + n >= end else n - n % self._step
+        data = memory[start - first : end - first]
+        # Numbers must not begin between two of their kind; a header of odd length moves them.
+        return data if (start - first) % _ITEM_MAX == 0 else data.copy()
 
     def _read_header(self) -> tuple[bytes, int]:
         if self.size < 8:
@@ -251,10 +261,10 @@ class Checkpoint:
         """Return the exact values of rows that were read."""
         return rows.values()
 
-    def forget_what_was_read(self) -> None:
-        """Leave the page cache to others: from now on nothing that was read stays in it."""
+    def bypass_page_cache(self) -> None:
+        """Read straight from the disk from now on, where the file system does it."""
         for file in self.files.values():
-            file.forgetful = True
+            file.bypass_page_cache()
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Return size and SHA-256 of every file, by name."""
