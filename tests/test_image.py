@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medllm_pack.digests import Digest
@@ -28,6 +28,7 @@ from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import Release
 from tests import ollama_parser, packs
 
+SETTINGS = settings(deadline=None, max_examples=60)  # each example starts a program
 Create = Callable[..., dict[str, Any]]
 
 
@@ -129,6 +130,7 @@ PARAMETERS = st.fixed_dictionaries(
 
 @pytest.mark.golang
 def test_parameters_are_stored_as_ollama_stores_them(create: Create) -> None:
+    @SETTINGS
     @given(PARAMETERS)
     def check(parameters: dict[str, Any]) -> None:
         text = render(Modelfile("./m.gguf", "{{ .Prompt }}", parameters=parameters))
@@ -140,6 +142,7 @@ def test_parameters_are_stored_as_ollama_stores_them(create: Create) -> None:
 
 
 @pytest.mark.golang
+@SETTINGS
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\b\f")))
 def test_strings_are_written_as_go_writes_them(text: str, create: Create) -> None:
     template = create(commands=[["template", "t"], ["stop", text]])["blobs"][1]
@@ -147,6 +150,7 @@ def test_strings_are_written_as_go_writes_them(text: str, create: Create) -> Non
 
 
 @pytest.mark.golang
+@SETTINGS
 @given(n=st.integers(0, 2 * 10**12) | st.sampled_from((6738415616, 7 * 10**9, 999_999_999)))
 def test_numbers_of_weights_are_shown_as_ollama_shows_them(n: int, create: Create) -> None:
     config = json.loads(create(parameters=n)["blobs"][-1])

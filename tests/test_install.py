@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,7 @@ from medllm_pack.errors import (
     UsageError,
     WriteError,
 )
+from medllm_pack.ollama import placing
 from medllm_pack.ollama import store as store_module
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.ollama.names import ModelName
@@ -348,6 +350,56 @@ def test_files_of_equal_bytes_but_own_blocks_are_not_taken_for_shared(tmp_path: 
     os.sync()
     assert same_bytes(tmp_path / "a", tmp_path / "c")
     assert not same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+class Stuck:
+    """A source of bytes that never comes to its end."""
+
+    def __init__(self, ready: int) -> None:
+        self.ready = ready
+
+    def open(self) -> BinaryIO:
+        return cast("BinaryIO", self)
+
+    def __enter__(self) -> Stuck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, n: int) -> bytes:
+        os.write(self.ready, b"x")
+        time.sleep(60)
+        return bytes(n)
+
+
+def test_what_a_killed_copy_left_is_removed(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not while its writer lives."""
+    monkeypatch.setattr(placing, "_STALE", 0.0)
+    ready, said = os.pipe()
+    stuck = Blob(image.layers[0].media_type, Digest("b" * 64), 1 << 20, Stuck(said))
+    child = os.fork()
+    if child == 0:
+        bad = Image(DOCKER_MANIFEST, b"{}", image.config, (stuck,))
+        Store(tmp_path / "s").install(bad, ModelName("bad"), replace=False, report=Silent())
+        os._exit(0)
+    os.read(ready, 1)
+
+    def left() -> list[Path]:
+        return [path for path in (tmp_path / "s/blobs").iterdir() if "partial" in path.name]
+
+    store = Store(tmp_path / "s")
+    store.install(image, NAME, replace=False, report=Silent())
+    assert len(left()) == 1
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert len(left()) == 1
+    store.install(image, NAME, replace=False, report=Silent())
+    assert left() == []
+    assert_whole(store.root, image.manifest)
+    assert not (store.root / "manifests/registry.ollama.ai/library/bad").exists()
 
 
 # Other users.

@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ _FIEMAP_SYNC, _LAST = 1, 1
 _NO_PLACE: Final = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200  # unknown, delayed, encoded, inline, …
 _AT_ONCE: Final = 512
 _CHUNK: Final = 4 << 20
+_PARTIAL: Final = ".partial"
+_STALE: Final = 60.0  # seconds
 _MODE: Final = 0o644  # as Ollama gives its blobs
 
 
@@ -53,7 +56,7 @@ def place(
         SourceError: if the bytes that were copied are not those of the digest.
         OSError: if the file system says no.
     """
-    with _beside(target) as partial:
+    with beside(target) as partial:
         how: How = "copy"
         if share and isinstance(blob.source, Path):
             how = _shared(blob.source, partial)
@@ -70,6 +73,7 @@ def copy(blob: Blob, path: Path, *, advance: Callable[[int], None] = lambda _: N
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
     with os.fdopen(fd, "wb", buffering=0) as out, blob.open() as file:
+        fcntl.flock(out, fcntl.LOCK_EX)
         check(blob, file, each=lambda data: _write(out, data), advance=advance)
         os.fsync(fd)
 
@@ -171,9 +175,28 @@ def _write(out: BinaryIO, data: memoryview) -> None:
         data = data[out.write(data) :]
 
 
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove what killed runs left half-written beside files whose names have a pattern.
+
+    Who still writes holds a lock; links and reflinks are renamed at once, so a minute is enough.
+    """
+    for path in folder.glob(f".{pattern}.*{_PARTIAL}"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.lstat().st_ctime >= _STALE:
+                    path.unlink()
+        except OSError:
+            continue  # somebody writes it, or it is gone, or not ours to remove
+
+
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+def beside(target: Path) -> Iterator[Path]:
+    """Yield a hidden name in the folder of ``target``; the file takes its name when all is well.
+
+    Who writes it syncs it. If the block raises, the file is removed.
+    """
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
         yield partial
         os.replace(partial, target)

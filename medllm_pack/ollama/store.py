@@ -25,7 +25,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, StoreAccessError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.names import ModelName
-from medllm_pack.ollama.placing import check, place, same_bytes
+from medllm_pack.ollama.placing import check, place, remove_stale, same_bytes
 from medllm_pack.progress import Reporter
 
 # ollama types/model/name.go, DefaultName; manifest/paths.go for the second host.
@@ -119,6 +119,7 @@ class Store:
             )
         with _translated(self.root):
             self._make_folder(self.root / "blobs")
+            remove_stale(self.root / "blobs", "sha256-*")
             sizes = {"shared": 0, "copied": 0, "written": 0}
             for blob in image.blobs:
                 sizes[self._bring(blob, report)] += blob.size

@@ -10,11 +10,12 @@ Memory: one buffer and the small blobs.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import io
 import json
 import os
 import re
-import secrets
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
-from medllm_pack.ollama.placing import check
+from medllm_pack.ollama.placing import beside, check, remove_stale
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST, Release, Tagged
@@ -95,18 +96,14 @@ def write_bundle(
     index = _index(release)
     blobs = _blobs(release)
     report.step("bundling", total_bytes=sum(blob.size for blob in blobs.values()))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     with files.translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as out:
-                _write_members(out, index, blobs, report)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        files.sync_folder(path.parent)
+        remove_stale(path.parent, glob.escape(path.name))
+        with beside(path) as partial, partial.open("xb") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)
+            _write_members(out, index, blobs, report)
+            out.flush()
+            os.fsync(out.fileno())
     return Digest.of(index)
 
 

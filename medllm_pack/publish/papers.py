@@ -18,18 +18,19 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.ollama import gojson
 from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.pack.integrity import SIGNATURE
 from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT
 
 SUMS: Final = "SHA256SUMS"
 # What cannot be in SHA256SUMS: itself, and a signature over all files.
-_BESIDE: Final = (SUMS, "model.sig")
+_BESIDE: Final = (SUMS, SIGNATURE)
 TITLE: Final = "org.opencontainers.image.title"
 # image-spec, manifest.md, "guidance for an empty descriptor".
 _EMPTY: Final = Blob.of(b"{}", "application/vnd.oci.empty.v1+json")
 
 _MEDIA_TYPES: Final[Mapping[str, str]] = {
     "pack.json": PACK_ARTIFACT,
-    "model.sig": "application/vnd.dev.sigstore.bundle.v0.3+json",
+    SIGNATURE: "application/vnd.dev.sigstore.bundle.v0.3+json",
     ".json": "application/json",
     ".md": "text/markdown",
 }
