@@ -18,7 +18,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.ollama import gojson
 from medllm_pack.ollama.image import Blob, Image
-from medllm_pack.pack.integrity import SIGNATURE
+from medllm_pack.pack.papers import SIGNATURE
 from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT
 
 SUMS: Final = "SHA256SUMS"
