@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import pytest
 from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, WriteError
 from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.progress import Silent
 from medllm_pack.publish import bundle
 from medllm_pack.publish.bundle import read_bundle, write_bundle
 from medllm_pack.publish.make import make_release
@@ -382,3 +384,40 @@ def test_a_part_of_a_pack_keeps_its_papers(built_pack: Path, tmp_path: Path) -> 
     assert missing == {"medllm-tiny-F16.gguf"}
     (tagged,) = make_release(folder, quants=["q4_k_m"]).images
     assert tagged.tags == ("7b-q4_k_m", "7b")
+
+
+# Across an air gap, with a signature.
+
+
+def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """Write a P-256 key pair in PEM form; return the private and the public file."""
+    ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
+    from cryptography.hazmat.primitives import serialization as form
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return private, public
+
+
+def test_a_signature_crosses_the_gap(built_pack: Path, tmp_path: Path) -> None:
+    """The right key says yes; a wrong key, or a byte changed on the other side, says no."""
+    pytest.importorskip("model_signing")
+    from medllm_pack.publish import signing
+
+    (private, public), (_, other) = key_pair(tmp_path, "ours"), key_pair(tmp_path, "theirs")
+    pack = Path(shutil.copytree(built_pack, tmp_path / "p"))
+    signing.sign(pack, key=private, password=None, replace=False, report=Silent())
+    write_bundle(make_release(pack), tmp_path / "b.tar")
+    shutil.rmtree(pack)
+    back = restore(read_bundle(tmp_path / "b.tar"), tmp_path / "back")
+    assert signing.check_signature(back, key=public) is None
+    assert "does not hold" in str(signing.check_signature(back, key=other))
+    with (back / "README.md").open("a") as file:
+        file.write("x")
+    assert "does not hold" in str(signing.check_signature(back, key=public))
