@@ -12,9 +12,12 @@ import typer
 
 from medllm_pack.cli import console, show
 from medllm_pack.cli import options as o
+from medllm_pack.cli import registry as r
 from medllm_pack.cli.console import Output
 from medllm_pack.cli.install import install
 from medllm_pack.cli.parity import parity
+from medllm_pack.cli.publish import publish
+from medllm_pack.cli.pull import pull
 from medllm_pack.cli.verify import sign, verify
 
 if TYPE_CHECKING:
@@ -120,13 +123,22 @@ def plan(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE.gguf|PACK", help="a GGUF file or a pack")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="FILE.gguf|PACK|REF", help="a GGUF file, a pack, or a registry's"),
+    ],
+    insecure: r.InsecureOpt = False,
+    ca: r.CaOpt = None,
     json: o.JsonOpt = False,
     verbose: o.VerboseOpt = False,
 ) -> None:
     """Show what is in a GGUF file or a pack, the way a model page does."""
-    output = Output(json=json, verbose=verbose)
-    if path.is_dir():
+    from medllm_pack.publish.targets import is_target
+
+    output, path = Output(json=json, verbose=verbose), Path(what)
+    if is_target(what):
+        show.remote(output, what, r.access(insecure, ca, None, None))
+    elif path.is_dir():
         from medllm_pack.pack.manifest import read_manifest
 
         document = read_manifest(path)
@@ -142,6 +154,8 @@ app.command()(parity)
 app.command()(install)
 app.command()(sign)
 app.command()(verify)
+app.command()(publish)
+app.command()(pull)
 
 
 @recipes.command("list")

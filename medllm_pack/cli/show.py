@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from medllm_pack.gguf.reader import GGUFFile
     from medllm_pack.pack.build import Built
     from medllm_pack.pack.plan import Plan
+    from medllm_pack.publish.transport import Access
 
 _LONG = 8  # items of an array that are shown without -v
 
@@ -121,6 +122,27 @@ def gguf_document(header: GGUFFile) -> dict[str, Any]:
             for t in header.tensors
         ],
     }
+
+
+def remote(output: Output, reference: str, access: Access) -> None:
+    """Show what a registry has under a reference; of the weights only the header is fetched."""
+    from medllm_pack.errors import UsageError
+    from medllm_pack.gguf.reader import read_header
+    from medllm_pack.publish.pull import remote_weights
+    from medllm_pack.publish.targets import RegistryTarget, parse_target
+
+    target = parse_target(reference)
+    if not isinstance(target, RegistryTarget):
+        raise UsageError("inspect reads oci:// and ollama:// references; pull the others first")
+    with remote_weights(target, access) as (head, weights, file):
+        header = read_header(file, size=weights.size, name=str(weights.digest))
+    digests = {"manifest": str(head.image.digest), "weights": str(weights.digest)}
+
+    def show() -> None:
+        gguf_file(output, header)
+        output.line(f"\nmanifest {digests['manifest']}\nweights  {digests['weights']}")
+
+    output.result(gguf_document(header) | {"digests": digests}, show)
 
 
 def headline(header: GGUFFile) -> str:

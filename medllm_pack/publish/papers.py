@@ -110,7 +110,9 @@ def media_type(name: str) -> str:
     return _MEDIA_TYPES.get(name) or _MEDIA_TYPES.get(Path(name).suffix, _OTHERS)
 
 
-def attach(image: Image, papers: Mapping[str, Blob]) -> Image:
+def attach(
+    image: Image, papers: Mapping[str, Blob], *, artifact_type: str = PACK_ARTIFACT
+) -> Image:
     """Return the manifest that attaches papers to an image."""
     layers = [
         paper.descriptor() | {"annotations": {TITLE: name}}
@@ -124,7 +126,7 @@ def attach(image: Image, papers: Mapping[str, Blob]) -> Image:
     manifest: dict[str, gojson.Value] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
-        "artifactType": PACK_ARTIFACT,
+        "artifactType": artifact_type,
         "config": _EMPTY.descriptor(),
         "layers": layers,
         "subject": subject,

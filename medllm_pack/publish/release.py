@@ -17,6 +17,8 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 # The pack's papers (pack.json, card, licence, parity, provenance, …), one layer a file; the file's
 # name stands in the annotation `org.opencontainers.image.title`.
 PACK_ARTIFACT = "application/vnd.medllm-pack.pack.v1+json"
+# What the gate let through and why (publication.json).
+PUBLICATION_ARTIFACT = "application/vnd.medllm-pack.publication.v1+json"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _FAILURES = (
-    httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, httpcore.NetworkError,
+    httpx.HTTPError, httpx.InvalidURL, httpcore.NetworkError,
     httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
 
@@ -243,7 +243,7 @@ class Door:
             raise _explained(host, error) from None
         try:
             yield answer
-        except (httpx.HTTPError, httpx.StreamError, httpcore.NetworkError,
+        except (httpx.HTTPError, httpcore.NetworkError,
                 httpcore.ProtocolError, httpcore.TimeoutException) as error:  # fmt: skip
             raise _explained(host, error) from None
         finally:

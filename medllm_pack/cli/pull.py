@@ -1,0 +1,56 @@
+"""``medllm-pack pull``: the way back, digests checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medllm_pack.cli import options as o
+from medllm_pack.cli import registry as r
+from medllm_pack.cli.console import Output
+
+RefArg = Annotated[
+    str, typer.Argument(metavar="REF", help="oci://host/ns/model:tag, ollama://ns/model:tag, "
+                        "or file://bundle.tar")
+]  # fmt: skip
+PullOutOpt = Annotated[Path, typer.Option("--out", metavar="DIR", help="the new folder")]
+
+
+def pull(
+    ref: RefArg,
+    out: PullOutOpt,
+    insecure: r.InsecureOpt = False,
+    ca: r.CaOpt = None,
+    allow_host: r.AllowHostOpt = None,
+    auth_host: r.AuthHostOpt = None,
+    force: o.ForceOpt = False,
+    json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> None:
+    """Fetch a published model; a run that was cut off goes on where it stood."""
+    from medllm_pack.errors import UsageError, shown
+    from medllm_pack.publish.targets import BundleTarget, RegistryTarget, parse_target
+
+    output, target = Output(json=json, quiet=quiet or json), parse_target(ref)
+    document: dict[str, Any] = {"reference": str(target), "folder": str(out)}
+    with output.reporter() as report:
+        match target:
+            case RegistryTarget():
+                access = r.access(insecure, ca, allow_host, auth_host)
+                from medllm_pack.publish.pull import pull as run_pull
+
+                digest = run_pull(target, out, access=access, replace=force, report=report)
+                document["digest"] = str(digest)
+            case BundleTarget():
+                from medllm_pack.publish.bundle import read_bundle
+                from medllm_pack.publish.restore import restore
+
+                restore(read_bundle(target.path, report=report), out, replace=force, report=report)
+            case _:
+                raise UsageError(
+                    f"{shown(ref)} is fetched with huggingface_hub: hf download "
+                    f"{target.repository} --local-dir {out}"
+                )
+    output.result(document, lambda: output.line(f"{out} is ready"))

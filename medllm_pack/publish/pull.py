@@ -1,0 +1,167 @@
+"""From a registry to a folder: manifest, papers, blobs into a hidden folder, then the pack.
+
+Fetched blobs stay beside the target in ``.NAME.pull`` until all are there, so that a run that was
+killed goes on. Knows nothing of how a pack is put together again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from medllm_pack import files
+from medllm_pack.digests import Digest
+from medllm_pack.errors import SourceError, TransferError, WriteError, shown
+from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
+from medllm_pack.progress import Reporter, Silent
+from medllm_pack.publish import read
+from medllm_pack.publish.download import fetch_blob, open_remote
+from medllm_pack.publish.papers import is_pack
+from medllm_pack.publish.registry import Registry, opened
+from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT, Release
+from medllm_pack.publish.restore import restore
+from medllm_pack.publish.targets import RegistryTarget
+from medllm_pack.publish.transport import Access
+
+_MOST_PAPERS: Final = 16
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a reference names, before any weights are fetched.
+
+    Attributes:
+        image: the manifest; its blobs are only described.
+        attached: the papers' manifests.
+    """
+
+    image: Image
+    attached: tuple[Image, ...]
+
+
+def pull(
+    target: RegistryTarget,
+    out: Path,
+    *,
+    access: Access | None = None,
+    replace: bool = False,
+    report: Reporter | None = None,
+) -> Digest:
+    """Fetch what a reference names into a folder; return the digest of its manifest.
+
+    Raises:
+        TransferError: if it is not there, or not what its digests say.
+        SourceError: if it is no model.
+        WriteError: if the folder exists or cannot be written.
+    """
+    report = report or Silent()
+    if out.exists() and not replace:
+        raise WriteError(f"{shown(out)} exists; --force replaces it, --out writes elsewhere")
+    with opened(target, access or Access()) as registry, _work_folder(out) as work:
+        found = head(registry)
+        images = (found.image, *found.attached)
+        blobs = {blob.digest: blob for image in images for blob in image.blobs}
+        report.step("fetching", total_bytes=sum(blob.size for blob in blobs.values()))
+        for digest, blob in blobs.items():
+            fetch_blob(registry, digest, blob.size, work / digest.file_name, report.advance)
+        image, *attached = (_at(image, work) for image in images)
+        tagged = read.tagged(image, tags=(target.tag or "latest",), attached=tuple(attached))
+        restore(Release((tagged,)), out, replace=replace, report=report)
+        shutil.rmtree(work)
+    return found.image.digest
+
+
+def head(registry: Registry) -> Head:
+    """Return the manifest that a reference names, and those of its papers.
+
+    Raises:
+        TransferError: if there is none; the tags that are there are named.
+    """
+    reference = registry.target.reference
+    found = registry.manifest(reference)
+    if found is None:
+        tags = [tag for tag in registry.tags() if not tag.startswith("sha256-")]
+        there = f"; there are {', '.join(map(shown, sorted(tags)[:20]))}" if tags else ""
+        raise TransferError(f"{shown(registry.target)} is not there{there}")
+    image = read.read_image(found.data, media_type=found.media_type, locate=_nowhere)
+    if found.media_type != DOCKER_MANIFEST:
+        raise SourceError(f"{shown(registry.target)} is not a model in Ollama's form")
+    return Head(image, tuple(_papers(registry, image)))
+
+
+@contextmanager
+def remote_weights(
+    target: RegistryTarget, access: Access | None = None
+) -> Iterator[tuple[Head, Blob, BinaryIO]]:
+    """Yield what a reference names and its weights as a file, of which little is fetched.
+
+    The digest of the weights is the manifest's; only a pull compares it with the bytes.
+    """
+    with opened(target, access or Access()) as registry:
+        found = head(registry)
+        weights = read.weights_of(found.image)
+        yield found, weights, open_remote(registry, weights.digest, weights.size)
+
+
+def _papers(registry: Registry, image: Image) -> Iterator[Image]:
+    """Yield what this package attached to an image."""
+    index = registry.referrers(image.digest)
+    if index is None:
+        return
+    for entry in _entries(index.data):
+        if entry.get("artifactType") != PACK_ARTIFACT or entry.get("mediaType") != OCI_MANIFEST:
+            continue
+        digest = Digest.parse(str(entry.get("digest")))
+        paper = registry.manifest(str(digest), accept=OCI_MANIFEST)
+        if paper is None:
+            raise TransferError(f"{registry.target.host} lists the papers {digest} and lacks them")
+        made = read.read_image(paper.data, media_type=paper.media_type, locate=_nowhere)
+        if is_pack(made):
+            yield made
+
+
+def _entries(index: bytes) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(index)["manifests"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise TransferError("the list of what is attached to the model is damaged")
+    return entries[:_MOST_PAPERS]
+
+
+def _nowhere(digest: Digest, size: int) -> bytes:
+    return b""
+
+
+def _at(image: Image, folder: Path) -> Image:
+    """Return an image whose blobs lie in a folder under their digests."""
+    return read.read_image(
+        image.manifest,
+        media_type=image.media_type,
+        locate=lambda digest, size: folder / digest.file_name,
+    )
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """Yield the folder that keeps what was fetched; only one run at a time may have it."""
+    work = out.parent / f".{out.name}.pull"
+    with files.translated(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WriteError(f"another pull is filling {shown(out)}; wait for it") from error
+        yield work
+    finally:
+        os.close(lock)
