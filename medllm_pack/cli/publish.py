@@ -14,12 +14,12 @@ from medllm_pack.cli.console import Output
 if TYPE_CHECKING:
     from medllm_pack.progress import Reporter
     from medllm_pack.publish.release import Release
-    from medllm_pack.publish.targets import BundleTarget, RegistryTarget
+    from medllm_pack.publish.targets import BundleTarget, HubTarget, RegistryTarget
 
 PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 TargetArg = Annotated[
-    str, typer.Argument(metavar="TARGET", help="oci://host[:port]/ns/model, ollama://ns/model or "
-                        "file://bundle.tar")
+    str, typer.Argument(metavar="TARGET", help="oci://host[:port]/ns/model, ollama://ns/model, "
+                        "hf://org/repo or file://bundle.tar")
 ]  # fmt: skip
 QuantOpt = Annotated[
     str | None, typer.Option("--quant", metavar="LIST", help="variants; all of them if absent")
@@ -41,6 +41,10 @@ ChunkOpt = Annotated[
     int, typer.Option("--chunk-mib", min=1, max=4096, metavar="N", help="MiB of one request")
 ]
 
+PublicOpt = Annotated[
+    bool, typer.Option("--public", help="a repository that is made on the Hub is public")
+]
+
 
 def publish(
     pack: PackArg,
@@ -51,6 +55,7 @@ def publish(
     accept: AcceptOpt = None,
     mount_from: MountOpt = None,
     chunk_mib: ChunkOpt = 64,
+    public: PublicOpt = False,
     insecure: r.InsecureOpt = False,
     ca: r.CaOpt = None,
     allow_host: r.AllowHostOpt = None,
@@ -61,7 +66,12 @@ def publish(
 ) -> None:
     """Check a pack and publish it: blobs first, tags last."""
     from medllm_pack.errors import UsageError, shown
-    from medllm_pack.publish.targets import BundleTarget, RegistryTarget, parse_target
+    from medllm_pack.publish.targets import (
+        BundleTarget,
+        HubTarget,
+        RegistryTarget,
+        parse_target,
+    )
 
     output, place = Output(json=json, quiet=quiet or json), parse_target(target)
     if isinstance(place, RegistryTarget) and place.digest:
@@ -78,8 +88,9 @@ def publish(
             case BundleTarget():
                 release = _release(pack, quant, tag, accept, report)
                 document = _to_bundle(release, place, dry_run, force, report)
-            case _:
-                raise UsageError("publish does not send to hf:// targets yet")
+            case HubTarget():
+                release = _release(pack, quant, tag, accept, report)
+                document = _to_hub(release, place, dry_run, public, report)
     output.result(document, lambda: _show(output, document))
 
 
@@ -147,6 +158,21 @@ def _to_bundle(
     return {"target": str(target), "images": _images(release), "index": str(digest)}
 
 
+def _to_hub(
+    release: Release, target: HubTarget, dry_run: bool, public: bool, report: Reporter
+) -> dict[str, Any]:
+    from medllm_pack.publish.hub import publish_to_hub, wanted_files
+
+    if dry_run:
+        blobs = wanted_files(release)
+        return _planned(str(target), release, sum(b.size for b in blobs.values()), len(blobs))
+    done = publish_to_hub(release, target, private=not public, report=report)
+    return {
+        "target": str(target), "images": _images(release), "commit": done.commit, "url": done.url,
+        "sent": list(done.sent), "files": dict(done.files), "private": done.private,
+    }  # fmt: skip
+
+
 def _planned(target: str, release: Release, n_bytes: int, n_blobs: int) -> dict[str, Any]:
     would = {"bytes": n_bytes, "blobs": n_blobs}
     return {"target": target, "dry_run": True, "images": _images(release), "would_send": would}
@@ -161,6 +187,8 @@ def _show(output: Output, document: dict[str, Any]) -> None:
 
     for image in document["images"]:
         output.line(f"{', '.join(image['tags'])}  {image['digest']}")
+    if url := document.get("url"):
+        output.line(f"{len(document['sent'])} files sent, all are there: {url}")
     if would := document.get("would_send"):
         output.line(f"would send {would['blobs']} blobs, {human_bytes(would['bytes'])}")
     elif blobs := document.get("blobs"):
