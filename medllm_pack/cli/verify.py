@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,14 @@ PrivateOpt = Annotated[
 PasswordOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="environment variable that holds the key's password"),
+]
+
+RebuildOpt = Annotated[
+    bool, typer.Option("--rebuild", help="build again from the same inputs and compare digests")
+]
+RecipeOpt = Annotated[
+    str | None,
+    typer.Option(metavar="RECIPE", help="with --rebuild: instead of the recipe in pack.json"),
 ]
 
 
@@ -60,13 +69,35 @@ def sign(
 def verify(
     subject: SubjectArg,
     key: PublicOpt = None,
+    rebuild: RebuildOpt = False,
+    base: o.BaseOpt = None,
+    adapter: o.AdapterOpt = None,
+    merged: o.MergedOpt = None,
+    imatrix: o.ImatrixOpt = None,
+    template: o.TemplateOpt = None,
+    recipe: RecipeOpt = None,
+    threads: o.ThreadsOpt = None,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> None:
     """Check digests, papers, licence duties, parity and signature; exit code 3 if one says no."""
+    if not rebuild and any((base, adapter, merged, imatrix, template, recipe, threads)):
+        raise typer.BadParameter("inputs, recipe and threads are those of --rebuild; add it")
+    if rebuild and not subject.is_dir():
+        raise typer.BadParameter("--rebuild needs the folder of a pack")
     output = Output(json=json, quiet=quiet or json)
     with output.reporter() as report:
         verified = _verified(subject, key, report)
+        if rebuild and not verified.failed:
+            from medllm_pack.publish import rebuild as again
+            from medllm_pack.recipe import load_recipe, recipe_path
+
+            given = again.Given(
+                base, adapter, merged, imatrix,
+                load_recipe(recipe_path(recipe)) if recipe else None, template,
+            )  # fmt: skip
+            check = again.rebuild(subject, given, threads=threads, report=report)
+            verified = replace(verified, checks=(*verified.checks, check))
     output.result(verified.document(), lambda: _show(output, verified))
     verified.raise_if_failed()
 
