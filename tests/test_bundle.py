@@ -19,7 +19,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, WriteError
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.progress import Silent
-from medllm_pack.publish import bundle
+from medllm_pack.publish import tarball
 from medllm_pack.publish.bundle import read_bundle, write_bundle
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Release, Tagged
@@ -120,8 +120,8 @@ def test_a_pack_that_changes_meanwhile_leaves_no_bundle(built_pack: Path, tmp_pa
 
 def test_sizes_beyond_8_gib_are_read_by_tar(tmp_path: Path) -> None:
     size = (9 << 30) + 5
-    block = bundle._header("blobs/sha256/" + "a" * 64, size)
-    assert bundle._parse(block, Path("b")) == ("blobs/sha256/" + "a" * 64, size)
+    block = tarball.header("blobs/sha256/" + "a" * 64, size)
+    assert tarball.parse(block, Path("b")) == ("blobs/sha256/" + "a" * 64, size)
     assert tarfile.TarInfo.frombuf(block, "ascii", "strict").size == size
 
 

@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import io
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -28,8 +24,9 @@ from medllm_pack.errors import SourceError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.placing import beside, check, remove_stale
 from medllm_pack.progress import Reporter, Silent
-from medllm_pack.publish import read
+from medllm_pack.publish import read, tarball
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST, Release, Tagged
+from medllm_pack.publish.tarball import Slice
 from medllm_pack.publish.targets import checked_tag
 
 # image-spec, image-layout.md and annotations.md.
@@ -40,43 +37,7 @@ _REF_NAME: Final = "org.opencontainers.image.ref.name"
 
 _OWN_DIGEST: Final = "medllm-pack.manifests.digest"
 
-_BLOCK: Final = 512
-_LONGEST_NAME: Final = len("blobs/sha256/") + 64
-_MOST_MEMBERS: Final = 4096
 _MANIFESTS_LIMIT: Final = 64 << 20  # bytes in memory at once
-_NUMBER: Final = re.compile(rb"[0-7]{1,11}")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Part of a file, as a source of a blob's bytes."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def open(self) -> BinaryIO:
-        """Open the part for reading."""
-        return io.BufferedReader(_Window(self.path, self.offset, self.size), 1 << 20)
-
-
-class _Window(io.RawIOBase):
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._file.seek(offset)
-        self._left = size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        n = self._file.readinto(memoryview(buffer)[: self._left])
-        self._left -= n
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def write_bundle(
@@ -120,7 +81,7 @@ def read_bundle(path: Path, *, report: Reporter | None = None, verify: bool = Tr
         SourceError: if anything is missing, too much, or not what its digest says.
     """
     report = report or Silent()
-    members = _members(path)
+    members = tarball.members(path)
     for needed, content in ((_LAYOUT_FILE, _LAYOUT), (_INDEX, None)):
         if needed not in members:
             raise SourceError(f"{shown(path)} has no {needed}; it is not a whole bundle")
@@ -177,87 +138,21 @@ def _write_members(
     out: BinaryIO, index: bytes, blobs: Mapping[Digest, Blob], report: Reporter
 ) -> None:
     for name, data in ((_LAYOUT_FILE, _LAYOUT), (_INDEX, index)):
-        out.write(_header(name, len(data)) + data + _padding(len(data)))
+        out.write(tarball.header(name, len(data)) + data + tarball.padding(len(data)))
     for digest, blob in blobs.items():
-        out.write(_header(_name(digest), blob.size))
+        out.write(tarball.header(_name(digest), blob.size))
         with blob.open() as file:
             check(blob, file, each=lambda data: _all(out, data), advance=report.advance)
-        out.write(_padding(blob.size))
-    out.write(bytes(2 * _BLOCK))
+        out.write(tarball.padding(blob.size))
+    out.write(tarball.END)
 
 
 def _all(out: BinaryIO, data: memoryview) -> None:
     out.write(data)
 
 
-def _header(name: str, size: int) -> bytes:
-    # GNU: a size beyond 8 GiB is written in base 256, in the same one block.
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode = size, 0, 0o644
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def _padding(size: int) -> bytes:
-    return bytes(-size % _BLOCK)
-
-
 def _name(digest: Digest) -> str:
     return f"blobs/sha256/{digest.hex}"
-
-
-# Reading. tarfile follows rules that an archive chooses: extended headers, sparse files, links.
-# Ours has one kind of header, so one kind is read.
-
-
-def _members(path: Path) -> dict[str, Slice]:
-    """Return every member's place; all headers are read, no content."""
-    members: dict[str, Slice] = {}
-    try:
-        if not path.is_file():
-            raise SourceError(f"{shown(path)} is not a file; a bundle is one")
-        with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            for name, offset, size in _headers(file, total, path):
-                if name in members:
-                    raise SourceError(f"{shown(path)} has {shown(name)} twice; do not use it")
-                members[name] = Slice(path, offset, size)
-    except OSError as error:
-        raise SourceError(f"{shown(path)} cannot be read: {error.strerror}") from error
-    return members
-
-
-def _headers(file: BinaryIO, total: int, path: Path) -> Iterator[tuple[str, int, int]]:
-    offset, n = 0, 0
-    while any(block := file.read(_BLOCK)):
-        n += 1
-        name, size = _parse(block, path)
-        offset += _BLOCK
-        following = offset + size + len(_padding(size))
-        if following > total or n > _MOST_MEMBERS:
-            raise SourceError(f"{shown(path)} ends inside of {shown(name)}; copy it again")
-        yield name, offset, size
-        file.seek(following)
-        offset = following
-    if total - offset != 2 * _BLOCK or any(file.read(_BLOCK)):
-        raise SourceError(f"{shown(path)} does not end where a bundle ends; copy it again")
-
-
-def _parse(block: bytes, path: Path) -> tuple[str, int]:
-    """Return name and size; the header must be the very one that this package writes for them."""
-    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
-    raw = block[124:136]
-    if raw[:1] == b"\x80":
-        size = int.from_bytes(raw[1:], "big")
-    else:
-        digits = raw.rstrip(b" \0")
-        size = int(digits, 8) if _NUMBER.fullmatch(digits) else -1
-    if len(block) != _BLOCK or not name or len(name) > _LONGEST_NAME or not 0 <= size < 1 << 44:
-        raise SourceError(f"{shown(path)} is not a bundle of medllm-pack")
-    if _header(name, size) != block:
-        raise SourceError(
-            f"{shown(path)}: {shown(name)} is not a plain file as a bundle has it; do not use it"
-        )
-    return name, size
 
 
 def _content(member: Slice) -> bytes:
