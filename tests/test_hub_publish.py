@@ -26,7 +26,7 @@ from medllm_pack.errors import (
 )
 from medllm_pack.ollama import create
 from medllm_pack.publish import read
-from medllm_pack.publish.hub import HubPublished, publish_to_hub
+from medllm_pack.publish.hub import HubPublished, missing_on_hub, publish_to_hub
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Patience
@@ -189,11 +189,17 @@ def test_what_others_put_there_stays(server: FakeHub, publish: Publish) -> None:
     assert on_the_hub(server)["README.md"] != b"old"
 
 
-def test_files_beside_the_pack_go_along(server: FakeHub, publish: Publish) -> None:
-    publish(beside={"publication.json": b"{}\n"})
-    assert on_the_hub(server)["publication.json"] == b"{}\n"
-    with pytest.raises(SourceError, match="plain names"):
-        publish(beside={"../x": b""})
+def test_what_would_be_sent_is_told_and_nothing_is_done(
+    server: FakeHub, publish: Publish, built_pack: Path
+) -> None:
+    release = make_release(built_pack)
+    target = HubTarget(REPO)
+    would = missing_on_hub(release, target, patience=QUICK, endpoint=server.endpoint)
+    assert {request.method for request in server.requests} == {"GET"}
+    assert REPO not in server.repositories
+    assert set(would) == set(publish().sent)
+    assert would.items() >= {n: len(d) for n, d in in_the_pack(built_pack).items()}.items()
+    assert missing_on_hub(release, target, patience=QUICK, endpoint=server.endpoint) == {}
 
 
 @pytest.mark.parametrize("private", [True, False])

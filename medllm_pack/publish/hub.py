@@ -36,6 +36,7 @@ from medllm_pack.weights.listing import list_files
 from medllm_pack.weights.needed import listed
 
 PACK_JSON: Final = "pack.json"
+_MISSING: Final = ("RepositoryNotFoundError", "RevisionNotFoundError")
 # What the Hub hands to Ollama beside the GGUF file: hub documentation, "Use Ollama with any GGUF
 # Model on Hugging Face Hub". The bytes are those of Ollama's own layers.
 BRIDGE: Final[Mapping[str, str]] = {
@@ -73,7 +74,6 @@ def publish_to_hub(
     target: HubTarget,
     *,
     private: bool = True,
-    beside: Mapping[str, bytes] | None = None,
     report: Reporter | None = None,
     patience: Patience | None = None,
     endpoint: str | None = None,
@@ -84,7 +84,6 @@ def publish_to_hub(
         release: from :func:`medllm_pack.publish.make.make_release`.
         target: the repository, made if it is missing, and the branch, ``main`` by default.
         private: whether a repository that is made is private; one that exists stays as it is.
-        beside: further small files, by name.
         report: listener.
         patience: how often and how long to try.
         endpoint: address of the Hub; by default HF_ENDPOINT, or huggingface.co.
@@ -95,10 +94,7 @@ def publish_to_hub(
         SourceError: if a file of the release is missing or has changed.
         CheckFailedError: if the Hub holds something else than was sent.
     """
-    files = wanted_files(release) | {
-        checked_name(name, of="the release"): Blob.of(data, "")
-        for name, data in (beside or {}).items()
-    }
+    files = wanted_files(release)
     hub = _Hub(target, report or Silent(), patience or Patience(), endpoint)
     with library():
         created = hub.ensure(private=private)
@@ -116,6 +112,30 @@ def publish_to_hub(
             sent=tuple(sorted(changed)),
             files={name: blob.digest.hex for name, blob in sorted(files.items())},
         )
+
+
+def missing_on_hub(
+    release: Release,
+    target: HubTarget,
+    *,
+    patience: Patience | None = None,
+    endpoint: str | None = None,
+) -> dict[str, int]:
+    """Return name -> size of what publishing would send; nothing is changed.
+
+    Raises:
+        SourceError: if the repository may not be read, or the Hub cannot be reached.
+        TransferError: if there is no token.
+    """
+    hub = _Hub(target, Silent(), patience or Patience(), endpoint)
+    there: Mapping[str, Any] = {}
+    try:
+        _, there = hub.listing()
+    except SourceError as error:
+        if type(error.__cause__).__name__ not in _MISSING:
+            raise
+    _refuse_a_mixture(release, files := wanted_files(release), there, target)
+    return {n: blob.size for n, blob in files.items() if not is_same(blob, there.get(n))}
 
 
 def wanted_files(release: Release) -> dict[str, Blob]:
@@ -252,7 +272,7 @@ class _Hub:
             return False
         except SourceError as error:
             missing = type(error.__cause__).__name__
-            if missing not in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+            if missing not in _MISSING:
                 raise
         created = missing == "RepositoryNotFoundError"
         with translated(self.address):
