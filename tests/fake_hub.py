@@ -16,9 +16,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -80,7 +81,6 @@ class Faults:
     other_commits: int = 0  # commits by others just before ours
     wrong_commits: int = 0  # commits that hold other bytes than were sent
     bad_metadata: bool = False
-    no_xet: bool = True
 
 
 @dataclass
@@ -121,6 +121,8 @@ class FakeHub:
         self.read_only: set[str] = set()
         self.stored: dict[str, bytes] = {}  # what was uploaded by LFS, by SHA-256
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.xet: Path | None = None  # a folder that hf_xet takes for its storage
+        self.rebuild: Callable[[Path, str, int], bytes] | None = None
         self.requests: list[Request] = []
         self.tickets: dict[str, tuple[str, bytes]] = {}
         self.lock = threading.Lock()
@@ -300,6 +302,8 @@ class _HubHandler(_Handler):
             self.send(401, X_Error_Message=message)
         elif self.command == "POST":
             self._write(path, authorization)
+        elif self.fake.xet and "/xet-write-token/" in path:
+            self._xet_token(self.fake.xet)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self._api(match[1], "revision", "main")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path):
@@ -356,6 +360,15 @@ class _HubHandler(_Handler):
             ](match[1], match[3], body)
         else:
             self.send(404)
+
+    def _xet_token(self, folder: Path) -> None:
+        url, expiration = f"local://{folder}", int(time.time()) + 3600
+        self.send_json(
+            {"casUrl": url, "exp": expiration, "accessToken": "xet-token"},
+            X_Xet_Cas_Url=url,
+            X_Xet_Token_Expiration=str(expiration),
+            X_Xet_Access_Token="xet-token",
+        )
 
     def _create(self, wanted: Mapping[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
@@ -434,6 +447,10 @@ class _HubHandler(_Handler):
             return
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "lfsFile" and self.fake.xet and self.fake.rebuild:
+                data = self.fake.rebuild(self.fake.xet, value["oid"], value["size"])
+                if sha256(data) == value["oid"]:
+                    self.fake.stored[value["oid"]] = data
             if line["key"] == "lfsFile" and value["oid"] not in self.fake.stored:
                 self.send(400, X_Error_Message="LFS pointer points to nothing")
                 return
