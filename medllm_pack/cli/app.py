@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medllm_pack.cli import console, show
+from medllm_pack.cli import console, hub, show
 from medllm_pack.cli import options as o
 from medllm_pack.cli import registry as r
 from medllm_pack.cli.console import Output
@@ -125,7 +125,10 @@ def plan(
 def inspect(
     what: Annotated[
         str,
-        typer.Argument(metavar="FILE.gguf|PACK|REF", help="a GGUF file, a pack, or a registry's"),
+        typer.Argument(
+            metavar="FILE.gguf|PACK|REF",
+            help="a GGUF file, a pack, or either on a registry or the Hub",
+        ),
     ],
     insecure: r.InsecureOpt = False,
     ca: r.CaOpt = None,
@@ -136,7 +139,9 @@ def inspect(
     from medllm_pack.publish.targets import is_target
 
     output, path = Output(json=json, verbose=verbose), Path(what)
-    if is_target(what):
+    if what.startswith("hf://"):
+        hub.inspect(what, output)
+    elif is_target(what):
         show.remote(output, what, r.access(insecure, ca, None, None))
     elif path.is_dir():
         from medllm_pack.pack.manifest import read_manifest

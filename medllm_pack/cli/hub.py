@@ -21,8 +21,9 @@ def publish(
     from medllm_pack.publish.hub import missing_on_hub, publish_to_hub
 
     if dry_run:
-        would = missing_on_hub(release, target)
-        return {"target": str(target), "dry_run": True, "would_send": would}
+        files = missing_on_hub(release, target)
+        would = {"bytes": sum(files.values()), "blobs": len(files)}
+        return {"target": str(target), "dry_run": True, "would_send": would, "files": files}
     done = publish_to_hub(release, target, private=not public, report=report)
     if done.private and public:
         report.notice(
@@ -53,7 +54,7 @@ def show_published(output: Output, document: dict[str, Any]) -> None:
 
     if "would_send" in document:
         would = document["would_send"]
-        output.line(f"would send {len(would)} files, {human_bytes(sum(would.values()))}")
+        output.line(f"would send {would['blobs']} files, {human_bytes(would['bytes'])}")
         return
     what = f"{len(document['sent'])} files sent" if document["sent"] else "nothing had changed"
     output.line(f"{document['target']} is at {document['commit'][:12]}: {what}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medllm_pack.cli import hub
 from medllm_pack.cli import options as o
 from medllm_pack.cli import registry as r
 from medllm_pack.cli.console import Output
@@ -14,7 +15,7 @@ from medllm_pack.cli.console import Output
 if TYPE_CHECKING:
     from medllm_pack.progress import Reporter
     from medllm_pack.publish.release import Release
-    from medllm_pack.publish.targets import BundleTarget, HubTarget, RegistryTarget
+    from medllm_pack.publish.targets import BundleTarget, RegistryTarget
 
 PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 TargetArg = Annotated[
@@ -90,8 +91,11 @@ def publish(
                 document = _to_bundle(release, place, dry_run, force, report)
             case HubTarget():
                 release = _release(pack, quant, tag, accept, report)
-                document = _to_hub(release, place, dry_run, public, report)
-    output.result(document, lambda: _show(output, document))
+                document = hub.publish(
+                    release, place, public=public, dry_run=dry_run, report=report
+                )
+    show = hub.show_published if isinstance(place, HubTarget) else _show
+    output.result(document, lambda: show(output, document))
 
 
 def _release(
@@ -158,21 +162,6 @@ def _to_bundle(
     return {"target": str(target), "images": _images(release), "index": str(digest)}
 
 
-def _to_hub(
-    release: Release, target: HubTarget, dry_run: bool, public: bool, report: Reporter
-) -> dict[str, Any]:
-    from medllm_pack.publish.hub import publish_to_hub, wanted_files
-
-    if dry_run:
-        blobs = wanted_files(release)
-        return _planned(str(target), release, sum(b.size for b in blobs.values()), len(blobs))
-    done = publish_to_hub(release, target, private=not public, report=report)
-    return {
-        "target": str(target), "images": _images(release), "commit": done.commit, "url": done.url,
-        "sent": list(done.sent), "files": dict(done.files), "private": done.private,
-    }  # fmt: skip
-
-
 def _planned(target: str, release: Release, n_bytes: int, n_blobs: int) -> dict[str, Any]:
     would = {"bytes": n_bytes, "blobs": n_blobs}
     return {"target": target, "dry_run": True, "images": _images(release), "would_send": would}
@@ -187,8 +176,6 @@ def _show(output: Output, document: dict[str, Any]) -> None:
 
     for image in document["images"]:
         output.line(f"{', '.join(image['tags'])}  {image['digest']}")
-    if url := document.get("url"):
-        output.line(f"{len(document['sent'])} files sent, all are there: {url}")
     if would := document.get("would_send"):
         output.line(f"would send {would['blobs']} blobs, {human_bytes(would['bytes'])}")
     elif blobs := document.get("blobs"):

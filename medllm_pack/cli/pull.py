@@ -7,20 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
+from medllm_pack.cli import hub
 from medllm_pack.cli import options as o
 from medllm_pack.cli import registry as r
 from medllm_pack.cli.console import Output
 
 RefArg = Annotated[
     str, typer.Argument(metavar="REF", help="oci://host/ns/model:tag, ollama://ns/model:tag, "
-                        "or file://bundle.tar")
+                        "hf://org/repo[@revision] or file://bundle.tar")
 ]  # fmt: skip
+PullQuantOpt = Annotated[
+    str | None,
+    typer.Option("--quant", metavar="LIST", help="variants of a pack on the Hub; all if absent"),
+]
 PullOutOpt = Annotated[Path, typer.Option("--out", metavar="DIR", help="the new folder")]
 
 
 def pull(
     ref: RefArg,
     out: PullOutOpt,
+    quant: PullQuantOpt = None,
     insecure: r.InsecureOpt = False,
     ca: r.CaOpt = None,
     allow_host: r.AllowHostOpt = None,
@@ -30,10 +36,17 @@ def pull(
     quiet: o.QuietOpt = False,
 ) -> None:
     """Fetch a published model; a run that was cut off goes on where it stood."""
-    from medllm_pack.errors import UsageError, shown
-    from medllm_pack.publish.targets import BundleTarget, RegistryTarget, parse_target
+    from medllm_pack.errors import UsageError
+    from medllm_pack.publish.targets import (
+        BundleTarget,
+        HubTarget,
+        RegistryTarget,
+        parse_target,
+    )
 
     output, target = Output(json=json, quiet=quiet or json), parse_target(ref)
+    if quant and not isinstance(target, HubTarget):
+        raise UsageError("--quant is for hf:// references; the tag says which variant is meant")
     document: dict[str, Any] = {"reference": str(target), "folder": str(out)}
     with output.reporter() as report:
         match target:
@@ -48,9 +61,7 @@ def pull(
                 from medllm_pack.publish.restore import restore
 
                 restore(read_bundle(target.path, report=report), out, replace=force, report=report)
-            case _:
-                raise UsageError(
-                    f"{shown(ref)} is fetched with huggingface_hub: hf download "
-                    f"{target.repository} --local-dir {out}"
-                )
+            case HubTarget():
+                quants = quant.split(",") if quant else []
+                document |= hub.pull(target, out, quants=quants, replace=force, report=report)
     output.result(document, lambda: output.line(f"{out} is ready"))
