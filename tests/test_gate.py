@@ -110,6 +110,12 @@ def test_weights_of_a_variant_that_is_not_published_are_not_read(proven: Path) -
     assert "Pico-Q4_K_M.gguf has SHA-256" in reasons(proven)
 
 
+def test_weights_of_a_variant_that_is_not_published_may_be_absent(proven: Path) -> None:
+    (proven / "Pico-Q4_K_M.gguf").unlink()
+    gate.check(proven, ("f16",))
+    assert "Pico-Q4_K_M.gguf is missing" in reasons(proven)
+
+
 def test_missing_and_extra_files_are_refused_together(proven: Path) -> None:
     (proven / "README.md").unlink()
     (proven / "notes.txt").write_text("mine")

@@ -10,15 +10,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medllm_pack.cli import options as o
+from medllm_pack.cli import registry as r
 from medllm_pack.cli.console import Output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from medllm_pack.progress import Reporter
+    from medllm_pack.publish.transport import Access
     from medllm_pack.publish.verify import Verified
 
 PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 SubjectArg = Annotated[
-    Path, typer.Argument(metavar="PACK|FILE", help="a pack, a GGUF file or a bundle (.tar)")
+    str,
+    typer.Argument(
+        metavar="PACK|FILE|REF",
+        help="a pack, a GGUF file, a bundle (.tar), or oci://…, ollama://…, hf://…",
+    ),
+]
+QuantOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--quant", metavar="LIST", help="only these variants; weights of others may be missing"
+    ),
 ]
 PublicOpt = Annotated[
     Path | None, typer.Option("--key", metavar="PUB", help="the signer's public key, PEM")
@@ -69,6 +83,7 @@ def sign(
 def verify(
     subject: SubjectArg,
     key: PublicOpt = None,
+    quant: QuantOpt = None,
     rebuild: RebuildOpt = False,
     base: o.BaseOpt = None,
     adapter: o.AdapterOpt = None,
@@ -77,17 +92,26 @@ def verify(
     template: o.TemplateOpt = None,
     recipe: RecipeOpt = None,
     threads: o.ThreadsOpt = None,
+    insecure: r.InsecureOpt = False,
+    ca: r.CaOpt = None,
+    allow_host: r.AllowHostOpt = None,
+    auth_host: r.AuthHostOpt = None,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> None:
     """Check digests, papers, licence duties, parity and signature; exit code 3 if one says no."""
     if not rebuild and any((base, adapter, merged, imatrix, template, recipe, threads)):
         raise typer.BadParameter("inputs, recipe and threads are those of --rebuild; add it")
-    if rebuild and not subject.is_dir():
+    if rebuild and not Path(subject).is_dir():
         raise typer.BadParameter("--rebuild needs the folder of a pack")
     output = Output(json=json, quiet=quiet or json)
     with output.reporter() as report:
-        verified = _verified(subject, key, report)
+        if "://" in subject:
+            verified = _published(
+                subject, key, lambda: r.access(insecure, ca, allow_host, auth_host), report
+            )
+        else:
+            verified = _verified(Path(subject), key, quant.split(",") if quant else [], report)
         if rebuild and not verified.failed:
             from medllm_pack.publish import rebuild as again
             from medllm_pack.recipe import load_recipe, recipe_path
@@ -96,18 +120,18 @@ def verify(
                 base, adapter, merged, imatrix,
                 load_recipe(recipe_path(recipe)) if recipe else None, template,
             )  # fmt: skip
-            check = again.rebuild(subject, given, threads=threads, report=report)
+            check = again.rebuild(Path(subject), given, threads=threads, report=report)
             verified = replace(verified, checks=(*verified.checks, check))
     output.result(verified.document(), lambda: _show(output, verified))
     verified.raise_if_failed()
 
 
-def _verified(subject: Path, key: Path | None, report: Reporter) -> Verified:
+def _verified(subject: Path, key: Path | None, quants: Sequence[str], report: Reporter) -> Verified:
     from medllm_pack.errors import SourceError, UsageError, shown
     from medllm_pack.publish import verify as checks
 
     if subject.is_dir():
-        return checks.verify_pack(subject, key=key, report=report)
+        return checks.verify_pack(subject, key=key, report=report, quants=quants)
     if not subject.exists():
         raise SourceError(f"{shown(subject)} does not exist")
     if key is not None:
@@ -115,6 +139,27 @@ def _verified(subject: Path, key: Path | None, report: Reporter) -> Verified:
     if subject.suffix.lower() == ".gguf":
         return checks.verify_gguf(subject, report=report)
     return checks.verify_bundle(subject, report=report)
+
+
+def _published(
+    text: str, key: Path | None, access: Callable[[], Access], report: Reporter
+) -> Verified:
+    from medllm_pack.errors import UsageError
+    from medllm_pack.publish.targets import BundleTarget, RegistryTarget, parse_target
+
+    target = parse_target(text)
+    if isinstance(target, BundleTarget):
+        return _verified(target.path, key, (), report)
+    if key is not None:
+        raise UsageError("a signature covers the whole pack: pull it, then verify the folder")
+    if isinstance(target, RegistryTarget):
+        entry = access()  # says which extra is missing, before the next line fails on it
+        from medllm_pack.publish.verify_published import verify_registry
+
+        return verify_registry(target, access=entry, report=report)
+    from medllm_pack.publish.verify_published import verify_hub
+
+    return verify_hub(target, report=report)
 
 
 def _show(output: Output, verified: Verified) -> None:

@@ -74,10 +74,18 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def listing_faults(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """Yield which files are missing from a folder, are there without being named, or are odd."""
+def listing_faults(
+    folder: Path, names: Collection[str], *, spared: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield which files are missing from a folder, are there without being named, or are odd.
+
+    Args:
+        folder: the pack.
+        names: what SHA256SUMS names.
+        spared: names that may be missing, where a pack was fetched in part.
+    """
     present = {entry.name: entry for entry in os.scandir(folder)}
-    for name in sorted(set(names) - set(present)):
+    for name in sorted(set(names) - set(present) - set(spared)):
         yield f"{name} is missing"
     for name, entry in sorted(present.items()):
         if name in (SUMS, SIGNATURE) or name in names:
@@ -140,12 +148,13 @@ def header_faults(
         except GGUFError as error:
             yield str(error)
             continue
-        yield from _header_differences(header, document, variant)
+        yield from header_differences(header, document, variant)
 
 
-def _header_differences(
+def header_differences(
     header: GGUFFile, document: Mapping[str, Any], variant: Mapping[str, Any]
 ) -> Iterator[str]:
+    """Yield where a header, wherever it was read, is not what pack.json says of the variant."""
     types = dict(Counter(tensor.type for tensor in header.tensors))
     pairs = (
         ("bytes", header.size, variant["size"]),

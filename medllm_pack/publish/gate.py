@@ -144,7 +144,7 @@ def check(
     """
     accepted = parse_overrides(overrides)
     document = read_pack(folder)
-    variants = _chosen(document, quants)
+    variants = chosen(document, quants)
     before = _identities(folder)
     reasons = tuple(_reasons(folder, document, variants, report or Silent()))
     refused = [reason for reason in reasons if reason.name not in accepted]
@@ -223,14 +223,14 @@ def _reasons(
 def _faults(
     folder: Path, document: Document, variants: Sequence[Document], report: Reporter
 ) -> Iterator[str]:
-    """Yield what is not as it was built; the weights of other variants are not read."""
+    """Yield what is not as it was built; weights of other variants may be absent."""
     try:
         sums = integrity.read_sums(folder)
     except MedllmError as error:
         yield str(error)
         return
     others = {v["file"] for v in document["variants"]} - {v["file"] for v in variants}
-    yield from integrity.listing_faults(folder, sums)
+    yield from integrity.listing_faults(folder, sums, spared=others)
     yield from integrity.agreement_faults(document, sums)
     wanted = {name: digest for name, digest in sums.items() if name not in others}
     sizes = {variant["file"]: variant["size"] for variant in variants}
@@ -238,7 +238,12 @@ def _faults(
     yield from integrity.header_faults(folder, document, variants)
 
 
-def _chosen(document: Document, quants: Sequence[str]) -> tuple[Document, ...]:
+def chosen(document: Document, quants: Sequence[str]) -> tuple[Document, ...]:
+    """Return the entries of pack.json of the variants; all if none is named.
+
+    Raises:
+        UsageError: if there is no such variant.
+    """
     known = {variant["quant"]: variant for variant in document["variants"]}
     wanted = {quant.lower() for quant in quants} or set(known)
     if unknown := sorted(wanted - set(known)):

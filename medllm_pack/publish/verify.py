@@ -7,7 +7,7 @@ other forms, a GGUF or a bundle, get the checks that make sense for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,15 @@ class Verified:
             raise CheckFailedError(f"{self.subject}: {first.name}: {first.detail}{more}")
 
 
-def verify_pack(folder: Path, *, key: Path | None, report: Reporter) -> Verified:
+def verify_pack(
+    folder: Path, *, key: Path | None, report: Reporter, quants: Sequence[str] = ()
+) -> Verified:
     """Check a pack.
 
     Args:
         folder: the pack.
         key: the signer's public key; the signature is not checked without.
+        quants: only these variants; weights of others may be missing. All if empty.
         report: listener.
 
     Raises:
@@ -86,16 +89,19 @@ def verify_pack(folder: Path, *, key: Path | None, report: Reporter) -> Verified
     checks: list[Check] = []
     document = _attempt(checks, "pack.json", lambda: read_pack(folder))
     sums = _attempt(checks, "sums", lambda: integrity.read_sums(folder))
+    variants = gate.chosen(document, quants) if document is not None else ()
     if sums is not None:
-        checks.append(_all("files", integrity.listing_faults(folder, sums),
-                           f"all {len(sums)} are there, and nothing else"))  # fmt: skip
-        checks.append(_all("digests", integrity.digest_faults(folder, sums, report=report),
+        spared = _weights(document) - {v["file"] for v in variants} if document else set()
+        read = {name: digest for name, digest in sums.items() if name not in spared}
+        checks.append(all_of("files", integrity.listing_faults(folder, sums, spared=spared),
+                           f"all {len(read)} are there, and nothing else"))  # fmt: skip
+        checks.append(all_of("digests", integrity.digest_faults(folder, read, report=report),
                            "every byte is the one that was written"))  # fmt: skip
     if sums is not None and document is not None:
-        checks.append(_all("agreement", integrity.agreement_faults(document, sums),
+        checks.append(all_of("agreement", integrity.agreement_faults(document, sums),
                            "pack.json and SHA256SUMS state the same digests"))  # fmt: skip
     if document is not None:
-        checks += _of_document(folder, document)
+        checks += _of_document(folder, document, variants)
     checks.append(_signature(folder, key))
     return Verified(str(folder), tuple(checks))
 
@@ -115,7 +121,7 @@ def verify_gguf(path: Path, *, report: Reporter) -> Verified:
         checks.append(Check("digest", False, f"{papers.SUMS} does not name {path.name}"))
     elif sums is not None:
         faults = integrity.digest_faults(path.parent, {path.name: sums[path.name]}, report=report)
-        checks.append(_all("digest", faults, f"SHA-256 {sums[path.name]}"))
+        checks.append(all_of("digest", faults, f"SHA-256 {sums[path.name]}"))
     return Verified(str(path), tuple(checks))
 
 
@@ -148,15 +154,30 @@ def _pack_json(attached: Iterable[Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _of_document(folder: Path, document: manifest.Document) -> list[Check]:
-    licence = (f"{reason.text}" for reason in gate.licence_reasons(folder, document))
+def _weights(document: manifest.Document) -> set[str]:
+    return {variant["file"] for variant in document["variants"]}
+
+
+def _of_document(
+    folder: Path, document: manifest.Document, variants: Sequence[manifest.Document]
+) -> list[Check]:
     return [
-        _all("headers", integrity.header_faults(folder, document, document["variants"]),
-             "sizes, types, name and licence are those of pack.json"),
-        _all("papers", _paper_faults(folder, document), "what derives from pack.json does"),
-        _all("licence", licence, f"{document['license']['id']}; its duties are fulfilled"),
-        _parity(document),
+        all_of("headers", integrity.header_faults(folder, document, variants),
+               "sizes, types, name and licence are those of pack.json"),
+        *of_papers(folder, document, variants),
     ]  # fmt: skip
+
+
+def of_papers(
+    folder: Path, document: manifest.Document, variants: Sequence[manifest.Document]
+) -> list[Check]:
+    """Return the checks that need the papers alone, wherever the weights are."""
+    licence = (reason.text for reason in gate.licence_reasons(folder, document))
+    return [
+        all_of("papers", _paper_faults(folder, document), "what derives from pack.json does"),
+        all_of("licence", licence, f"{document['license']['id']}; its duties are fulfilled"),
+        parity_check(document, variants),
+    ]
 
 
 def _paper_faults(folder: Path, document: manifest.Document) -> Iterable[str]:
@@ -171,8 +192,9 @@ def _paper_faults(folder: Path, document: manifest.Document) -> Iterable[str]:
             yield f"{name} is not what this version derives from pack.json"
 
 
-def _parity(document: manifest.Document) -> Check:
-    reasons = gate.parity_reasons(document, document["variants"])
+def parity_check(document: manifest.Document, variants: Sequence[manifest.Document]) -> Check:
+    """Return what parity said of variants; not asked if it was not run."""
+    reasons = gate.parity_reasons(document, variants)
     faults = {reason.name: reason.text for reason in reasons}
     if gate.PARITY_FAILED in faults:
         return Check("parity", False, faults[gate.PARITY_FAILED])
@@ -191,7 +213,8 @@ def _signature(folder: Path, key: Path | None) -> Check:
     return Check(name, None, "the pack is not signed")
 
 
-def _all(name: str, faults: Iterable[str], good: str) -> Check:
+def all_of(name: str, faults: Iterable[str], good: str) -> Check:
+    """Return a check that says no if there is a fault, naming the first."""
     found = list(faults)
     if not found:
         return Check(name, True, good)
