@@ -46,6 +46,7 @@ bench: setup
 	$(VENV)/bin/python benchmarks/make_checkpoint.py --shape $(SHAPE) --out $(WORK) \
 		--tokenizer examples/tiny/base/tokenizer.model
 	$(VENV)/bin/python benchmarks/build.py $(WORK) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
+	$(VENV)/bin/python -m benchmarks.scaling $(WORK)
 
 style: setup
 	$(VENV)/bin/ruff check --fix .
