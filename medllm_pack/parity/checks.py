@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from medllm_pack.parity.measures import Spread
 
 Rung = Literal["file", "settings", "merge", "weights", "tokens", "logits", "generation"]
 
@@ -80,17 +83,49 @@ def skipped(name: str, reason: str) -> Check:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorError:
+    """How far a stored tensor lies from the model's.
+
+    Attributes:
+        name: in the GGUF file.
+        type: ggml type.
+        rmse: root mean square error, relative to the root mean square of the tensor.
+        cosine: between stored and expected values.
+        worst: largest error of a weight, relative to the largest of its block.
+    """
+
+    name: str
+    type: str
+    rmse: float
+    cosine: float
+    worst: float
+
+    def document(self) -> dict[str, Any]:
+        """Return the tensor as it stands in parity.json."""
+        return {
+            "name": self.name, "type": self.type, "rmse": rounded(self.rmse),
+            "cosine": rounded(self.cosine), "worst": rounded(self.worst),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """All checks of one variant, in the order of the ladder.
 
     Attributes:
         quant: the variant, such as ``q4_k_m``.
         figures: key figures by name, for pack.json; empty if there are none.
+        spread: how the divergences are spread; None if there are none.
+        tensors: every tensor that could be compared, in the order of the file.
+        size: bytes of the file; None if it could not be read.
     """
 
     quant: str
     checks: tuple[Check, ...]
     figures: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    spread: Spread | None = None
+    tensors: tuple[TensorError, ...] = ()
+    size: int | None = None
 
     @property
     def failed(self) -> Check | None:
@@ -109,6 +144,13 @@ class Verdict:
             "passed": self.passed,
             "failed": self.failed.name if self.failed else None,
             "figures": {name: rounded(value) for name, value in self.figures.items()},
+            "kld": self.spread
+            and {
+                "counts": list(self.spread.counts),
+                "quantiles": [rounded(value) for value in self.spread.quantiles],
+            },
+            "tensors": [tensor.document() for tensor in self.tensors],
+            "size": self.size,
             "checks": [check.document() for check in self.checks],
         }
 

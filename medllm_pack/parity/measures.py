@@ -20,6 +20,24 @@ Floats = NDArray[np.float64]
 # Nats between the two likeliest tokens: below, which one leads says little.
 CLEAR = 0.7  # one is twice as likely as the other
 
+# Edges of the histogram of divergences, the same for every model: four to a factor of ten.
+KLD_EDGES: tuple[float, ...] = tuple(float(f"{10 ** (k / 4):.6g}") for k in range(-40, 9))
+KLD_QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the divergences of all positions are spread.
+
+    Attributes:
+        counts: positions up to the first edge of ``KLD_EDGES``, between two edges (the upper one
+            included), and beyond the last.
+        quantiles: in nats, at ``KLD_QUANTILES``.
+    """
+
+    counts: tuple[int, ...]
+    quantiles: tuple[float, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Distance:
@@ -80,6 +98,14 @@ def summarize(distances: Sequence[Distance]) -> dict[str, float]:
         "ppl_ratio_error": error,
         "logit_difference": max(d.difference for d in distances),
     }
+
+
+def spread(distances: Sequence[Distance]) -> Spread:
+    """Return how the divergences are spread over all positions of all texts."""
+    kld = np.concatenate([d.kld for d in distances])
+    counts = np.bincount(np.searchsorted(KLD_EDGES, kld), minlength=len(KLD_EDGES) + 1)
+    quantiles = np.quantile(kld, KLD_QUANTILES)
+    return Spread(tuple(map(int, counts)), tuple(map(float, quantiles)))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> Floats:

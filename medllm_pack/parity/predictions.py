@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medllm_pack.parity import limits
 from medllm_pack.parity.checks import Check, at_least, at_most
-from medllm_pack.parity.measures import compare, summarize
+from medllm_pack.parity.measures import Spread, compare, spread, summarize
 
 Sequences = Sequence[Sequence[int]]
 
@@ -37,14 +37,13 @@ class Written:
 
 def measure(
     reference: Sequence[Path], variant: Sequence[Path], sequences: Sequences
-) -> dict[str, float]:
-    """Return the key figures of a variant over all texts."""
-    return summarize(
-        [
-            compare(np.load(ours), np.load(theirs), ids)
-            for ours, theirs, ids in zip(reference, variant, sequences, strict=True)
-        ]
-    )
+) -> tuple[dict[str, float], Spread]:
+    """Return the key figures of a variant over all texts, and how its divergences are spread."""
+    distances = [
+        compare(np.load(ours), np.load(theirs), ids)
+        for ours, theirs, ids in zip(reference, variant, sequences, strict=True)
+    ]
+    return summarize(distances), spread(distances)
 
 
 def check_logits(quant: str, figures: Mapping[str, float]) -> list[Check]:

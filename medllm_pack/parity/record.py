@@ -1,4 +1,4 @@
-"""The verdict of a parity check as it stands in a pack: parity.json, pack.json and its papers.
+"""The verdict of a parity check as it stands in a pack: parity.json, its page, and pack.json.
 
 No text of a user, no time, host or path is in them.
 """
@@ -13,6 +13,8 @@ from typing import Any
 from medllm_pack import files
 from medllm_pack.pack import manifest, papers
 from medllm_pack.parity.checks import Verdict, rounded
+from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES
+from medllm_pack.parity.report import page as report
 from medllm_pack.parity.texts import Texts
 
 NAME = "parity.json"
@@ -28,6 +30,7 @@ def describe(texts: Texts, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "passed": all(verdict.passed for verdict in verdicts),
         "texts": texts.document(),
         "tools": manifest.tools() | {name: version(name) for name in _REFERENCE},
+        "kld": {"edges": list(KLD_EDGES), "quantiles": list(KLD_QUANTILES)},
         "variants": [verdict.document() for verdict in verdicts],
     }
 
@@ -65,4 +68,6 @@ def write(
         WriteError: if the disk says no.
     """
     verdict = document | {"parity": summary(texts, verdicts)}
-    papers.update(folder, verdict, {NAME: files.canonical_json(describe(texts, verdicts))})
+    parity = describe(texts, verdicts)
+    more = {NAME: files.canonical_json(parity), report.NAME: report.page(verdict, parity)}
+    papers.update(folder, verdict, more)

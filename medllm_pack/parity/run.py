@@ -22,7 +22,8 @@ from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.pack import papers
 from medllm_pack.pack.manifest import read_manifest
 from medllm_pack.parity import limits, record, worker
-from medllm_pack.parity.checks import CAUSES, Check, Verdict, broken, skipped
+from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
+from medllm_pack.parity.measures import Spread
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
 from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
 from medllm_pack.parity.reference import compute_logits
@@ -89,10 +90,15 @@ class _Climb:
     written: list[Written] = field(default_factory=list)
     unwritten: str = ""  # why there is nothing
     figures: dict[str, float] = field(default_factory=dict)
+    spread: Spread | None = None
+    tensors: tuple[TensorError, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict(self.quant, tuple(self.checks), self.figures)
+        size = self.header.size if self.header else None
+        return Verdict(
+            self.quant, tuple(self.checks), self.figures, self.spread, self.tensors, size
+        )
 
 
 def check_pack(
@@ -181,7 +187,10 @@ class _Ladder:
         assert climb.header is not None
         metadata = climb.header.metadata
         climb.checks.append(check_settings(metadata, self.original))
-        climb.checks += check_tensors(climb.path, climb.header, self.original, report=self.report)
+        checks, climb.tensors = check_tensors(
+            climb.path, climb.header, self.original, report=self.report
+        )
+        climb.checks += checks
         climb.checks.append(check_vocabulary(metadata, self.tokenizer))
         climb.checks.append(self._tokenize(climb))
 
@@ -229,7 +238,7 @@ class _Ladder:
             climb.checks.append(broken("logits", str(error)))
             return
         paths = [temporary / name for name in answer["files"]]
-        climb.figures = measure(reference, paths, sequences)
+        climb.figures, climb.spread = measure(reference, paths, sequences)
         climb.checks += check_logits(climb.quant, climb.figures)
 
     def _compare_writing(self, climb: _Climb, reference: Sequence[Path]) -> None:

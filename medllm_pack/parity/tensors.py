@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import GGUFFile
 from medllm_pack.parity import limits
-from medllm_pack.parity.checks import Check, at_least, at_most, broken, skipped
+from medllm_pack.parity.checks import Check, TensorError, at_least, at_most, broken, skipped
 from medllm_pack.parity.original import LowRank, Original, Weights
 from medllm_pack.progress import Reporter
 
@@ -76,20 +76,21 @@ class Figures:
 
 def check_tensors(
     path: Path, header: GGUFFile, original: Original, *, report: Reporter
-) -> list[Check]:
-    """Return the checks of the rungs *merge* and *weights* for one file."""
+) -> tuple[list[Check], tuple[TensorError, ...]]:
+    """Return the checks of the rungs *merge* and *weights* of a file, and each tensor's error."""
     comparer = Comparer(path, original, original.weights())
     problems = list(comparer.mismatches(header))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        return [broken("weights.tensors", problems[0] + more)]
+        return [broken("weights.tensors", problems[0] + more)], ()
     report.step(f"weights of {path.name}", total_bytes=header.size - header.data_offset)
     found = []
     for slot in header.tensors:
         found.append(comparer.measure(slot))
         report.advance(slot.nbytes)
     slots = {slot.name: slot for slot in header.tensors}
-    return [_merge(comparer, slots, found), *_weights(comparer, slots, found)]
+    errors = tuple(TensorError(f.name, f.kind, f.rmse, f.cosine, f.worst) for f in found)
+    return [_merge(comparer, slots, found), *_weights(comparer, slots, found)], errors
 
 
 class Comparer:
