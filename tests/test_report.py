@@ -126,7 +126,7 @@ def test_page_is_nested_rightly_with_headings_headers_and_titles(failed: str | N
     assert len(elements.all("h1")) == 2
     assert all(attrs.get("scope") in ("row", "col") for attrs, _ in elements.all("th"))
     figures = elements.all("svg")
-    assert len(figures) == 2 * 5  # f16 has no heat map
+    assert len(figures) == 2 * 6  # two heat maps and their legend; f16 needs none
     for attrs, _ in figures:
         assert set((attrs["aria-labelledby"] or "").split()) <= set(ids)
     assert len(elements.all("caption")) == len(elements.all("table"))
@@ -254,8 +254,8 @@ def test_every_rung_has_its_cause_as_the_terminal_says_it() -> None:
 
 def test_numbers_are_written_as_the_language_does() -> None:
     pt, en = Words("pt"), Words("en")
-    assert (pt.number(1.3e-6), en.number(1.3e-6)) == ("1,3 × 10⁻⁶", "1.3 × 10⁻⁶")
-    assert (pt.number(0.0186325), en.number(-0.5)) == ("0,0186", "−0.5")
+    assert (pt.number(1.3e-6), en.number(1.3e-6)) == ("1,30 × 10⁻⁶", "1.30 × 10⁻⁶")
+    assert (pt.number(0.0186325), en.number(-0.5)) == ("0,0186", "−0.500")
     assert (pt.number(None), en.number("nan"), en.number("inf")) == ("–", "–", "∞")
     assert pt.limit("<= 0.11") == "≤ 0,11"
     assert en.limit("= 32 pairs") == "= 32 pairs"

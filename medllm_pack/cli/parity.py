@@ -65,6 +65,7 @@ def _show(output: Output, result: Result) -> None:
     texts = result.texts
     name = "your texts" if texts.sha256 is None else f"held-out synthetic notes ({texts.name})"
     output.line(f"\n{len(texts.notes)} {name}; the verdict is in {result.folder / 'parity.json'}")
+    output.line(f"for people, in Portuguese and English: {result.folder / 'parity.html'}")
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ _VERDICTS = {True: "passed", False: "failed", None: "unasked"}
 _CLASSES = {True: "ok", False: "bad", None: "none"}
 # Column -> figure of parity.json, and how it is written.
 _FIGURES = {
-    "kld_mean": ".3g", "kld_p99": ".3g", "top1": ".2%", "ppl": ".5g", "ppl_ratio": ".4f",
+    "kld_mean": "#.3g", "kld_p99": "#.3g", "top1": ".2%", "ppl": ".5g", "ppl_ratio": ".4f",
 }  # fmt: skip
 
 
@@ -169,7 +169,8 @@ def _figures(parity: Document, words: Words) -> Iterator[Markup]:
             parts.append(tag("p", words("heat_none", quant=v["quant"], n=n)))
     if parts:
         note = tag("p", words("heat_note"), class_="note")
-        yield tag("section", tag("h2", words("heat_title")), note, *parts)
+        legend = _wide(plots.shades(words), words("heat_legend"))
+        yield tag("section", tag("h2", words("heat_title")), note, legend, *parts)
 
 
 def _figure(name: str, drawn: Markup, words: Words) -> Markup:

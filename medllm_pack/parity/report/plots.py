@@ -7,6 +7,7 @@ is said by colour alone. Colours are classes; the page's style gives them, light
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ from medllm_pack.parity.report.words import Words
 Variant = Mapping[str, Any]
 
 _WIDTH = 720.0
-_LEFT, _RIGHT = 92.0, 132.0  # room for names and for figures
-_SHADES = 6  # of the heat map
+_LEFT, _RIGHT = 92.0, 146.0  # room for names and for figures
+# Relative errors up to which a cell has its shade, the same for all: variants can be compared.
+_SHADES = (0.005, 0.01, 0.02, 0.04, 0.08)
 
 
 def svg(
@@ -143,27 +145,41 @@ def errors(variant: Variant, number: int, words: Words) -> Markup:
     kinds = list(dict.fromkeys(kind for layer, kind in cells if layer is not None))
     kinds = [k for k in kinds if any(_error(cells.get((n, k))) for n in layers)]
     others = [kind for layer, kind in cells if layer is None and _error(cells[None, kind])]
-    top = max((_error(t) for t in cells.values()), default=0.0)
     left, right, row = 120.0, 84.0, 24.0
     width = (_WIDTH - left - right) / max(len(layers), 1)
     parts: list[Markup] = []
     for i, kind in enumerate([*kinds, *others]):
-        y = 26 + row * i
+        outside = kind not in kinds
+        y = 26 + row * i + (8 if outside else 0)
         parts.append(_text(left - 10, y + 16, kind, "end", "tick"))
-        there = [(n, cells.get((n, kind))) for n in layers] if kind in kinds else [(None, None)]
-        found = [t for _, t in there if t] or [cells[None, kind]]
-        for j, tensor in enumerate(t for _, t in there) if kind in kinds else [(0, found[0])]:
-            parts.append(_cell(tensor, left + width * j, y, width, row, top, words))
-        largest = max(map(_error, found))
+        there = [cells.get((None if outside else n, kind)) for n in ([0] if outside else layers)]
+        across = width * max(len(layers), 1) if outside else width
+        for j, tensor in enumerate(there):
+            parts.append(_cell(tensor, left + across * j, y, across, row, words))
+        largest = max(map(_error, there))
         parts.append(_text(_WIDTH - right + 10, y + 16, words.number(largest), "start", "value"))
     parts += _layer_numbers(layers, left, width, words)
     parts.append(_text(_WIDTH - right + 10, 18, words("heat_largest"), "start", "note"))
     worst = sorted(cells.values(), key=_error, reverse=True)[:3]
     return svg(
-        f"heat-{number}-{words.language}", *parts, height=30 + row * len([*kinds, *others]),
+        f"heat-{number}-{words.language}", *parts, height=38 + row * len([*kinds, *others]),
         title=f"{words('heat_title')}: {variant['quant']}",
         described=(_said(tensor, words) for tensor in worst),
     )  # fmt: skip
+
+
+def shades(words: Words) -> Markup:
+    """Return the legend of the heat maps."""
+    says = [f"≤ {words.number(limit, '.1%')}" for limit in _SHADES]
+    says.append(f"> {words.number(_SHADES[-1], '.1%')}")
+    parts = []
+    for i, said in enumerate(says):
+        x = 120 + 86.0 * i
+        parts.append(tag("rect", x=x, y=6, width=18, height=16, class_=f"heat h{i + 1}"))
+        parts.append(_text(x + 24, 19, said, "start", "tick"))
+    return svg(
+        f"shades-{words.language}", *parts, height=30, title=words("heat_legend"), described=says
+    )
 
 
 def lossy(variant: Variant) -> bool:
@@ -220,15 +236,11 @@ def _point(v: Variant, x: float, y: float, low: float, high: float, i: int, word
     return join(tag("line", x1=x, x2=x, y1=low, y2=high, class_="error"), mark, label)
 
 
-def _cell(
-    tensor: Any, x: float, y: float, width: float, height: float, top: float, words: Words
-) -> Markup:
+def _cell(tensor: Any, x: float, y: float, width: float, height: float, words: Words) -> Markup:
     if tensor is None:
         return Markup()
     error = _error(tensor)
-    shade = math.ceil(_SHADES * error / top) if error and top < math.inf else 0
-    if error == math.inf:
-        shade = _SHADES
+    shade = bisect_left(_SHADES, error) + 1 if error else 0
     side = {"x": round(x + 1, 2), "y": y + 1, "width": round(width - 2, 2), "height": height - 2}
     return tag("rect", tag("title", _said(tensor, words)), class_=f"heat h{shade}", **side)
 

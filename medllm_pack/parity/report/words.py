@@ -44,21 +44,21 @@ class Words:
         entry = table()[group].get(key)
         return str(entry[self.language]) if entry else key
 
-    def number(self, value: Any, form: str = ".3g") -> str:
+    def number(self, value: Any, form: str = "#.3g") -> str:
         """Return a number as it is written; 1.3e-06 becomes 1.3 × 10⁻⁶."""
         if isinstance(value, str):
             return {"inf": "∞", "-inf": "−∞"}.get(value, _MISSING)
         if value is None:
             return _MISSING
         mantissa, _, power = format(value, form).partition("e")
-        written = self._localized(mantissa)
+        written = self._localized(mantissa.removesuffix("."))
         return f"{written} × 10{str(int(power)).translate(_POWERS)}" if power else written
 
     def size(self, value: int | None) -> str:
         """Return a size in bytes as it is written."""
         return _MISSING if value is None else self._localized(human_bytes(value))
 
-    def data(self, value: Any, form: str = ".3g") -> Markup:
+    def data(self, value: Any, form: str = "#.3g") -> Markup:
         """Return a figure of parity.json with its value beside how it is written."""
         written = self.number(value, form)
         if not isinstance(value, int | float):
