@@ -81,6 +81,7 @@ class Faults:
     other_commits: int = 0  # commits by others just before ours
     wrong_commits: int = 0  # commits that hold other bytes than were sent
     bad_metadata: bool = False
+    requests_left: int | None = None  # after so many, connections are cut without an answer
 
 
 @dataclass
@@ -227,6 +228,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {key.lower(): value for key, value in self.headers.items()}
         self.request_record = Request(self.role, self.command, self.path, headers)
         self.fake.requests.append(self.request_record)
+        if (left := self.faults.requests_left) is not None:
+            self.faults.requests_left = max(left - 1, 0)
+            if left == 0:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
         try:
             self.answer()
         except (BrokenPipeError, ConnectionResetError):
@@ -447,6 +454,9 @@ class _HubHandler(_Handler):
             return
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
+                continue
             if line["key"] == "lfsFile" and self.fake.xet and self.fake.rebuild:
                 data = self.fake.rebuild(self.fake.xet, value["oid"], value["size"])
                 if sha256(data) == value["oid"]:

@@ -202,6 +202,19 @@ def test_what_would_be_sent_is_told_and_nothing_is_done(
     assert missing_on_hub(release, target, patience=QUICK, endpoint=server.endpoint) == {}
 
 
+def test_a_signature_goes_along_and_an_old_one_does_not_stay(
+    server: FakeHub, publish: Publish, built_pack: Path, tmp_path: Path
+) -> None:
+    signed = tmp_path / "signed"
+    shutil.copytree(built_pack, signed)
+    (signed / "model.sig").write_bytes(b"signature")
+    publish(signed)
+    assert on_the_hub(server)["model.sig"] == b"signature"
+    publish()
+    assert "model.sig" not in on_the_hub(server)
+    assert len(server.repositories[REPO].commits) == 3
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_a_new_repository_is_private_unless_told(
     server: FakeHub, publish: Publish, private: bool
@@ -394,6 +407,30 @@ def test_an_xet_storage_that_is_not_there_is_left_for_lfs(
     publish(report=report)
     assert report.notices == ["the Hub's xet storage is out of reach; sending by LFS instead"]
     assert in_the_pack(built_pack).items() <= on_the_hub(server).items()
+
+
+def test_cut_off_at_any_request_the_branch_is_old_or_whole(
+    publish: Publish, server: FakeHub, built_pack: Path
+) -> None:
+    pack, cut = in_the_pack(built_pack), 0
+    for requests in range(100):
+        server.repositories.clear()
+        server.stored.clear()
+        server.repository(REPO).commit({"a": b"a"})
+        server.faults.requests_left = requests
+        try:
+            publish()
+        except MedllmError as error:
+            assert_discreet(str(error))
+            cut += 1
+        else:
+            break
+        there = on_the_hub(server)
+        assert there == {"a": b"a"} or pack.items() <= there.items()
+        server.faults.requests_left = None
+        publish()
+        assert pack.items() <= on_the_hub(server).items()
+    assert cut > 8
 
 
 # --- processes

@@ -105,6 +105,11 @@ def test_a_pack_comes_back_byte_for_byte(server: FakeHub, pull: Pull, built_pack
     assert pulled.document == json.loads((built_pack / "pack.json").read_bytes())
 
 
+def test_a_signature_comes_along(server: FakeHub, pull: Pull, built_pack: Path) -> None:
+    changed(server, {"model.sig": b"signature"})
+    assert in_folder(pull().folder) == in_folder(built_pack) | {"model.sig": b"signature"}
+
+
 def test_what_was_published_is_what_is_pulled(
     server: FakeHub, pull: Pull, built_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ from medllm_pack.weights.listing import list_files
 from medllm_pack.weights.needed import listed
 
 PACK_JSON: Final = "pack.json"
+# A signature over another pack would make this one look forged.
+_STALE: Final = ("model.sig",)
 _MISSING: Final = ("RepositoryNotFoundError", "RevisionNotFoundError")
 # What the Hub hands to Ollama beside the GGUF file: hub documentation, "Use Ollama with any GGUF
 # Model on Hugging Face Hub". The bytes are those of Ollama's own layers.
@@ -101,7 +103,10 @@ def publish_to_hub(
         head, there = hub.listing()
         changed = {n: blob for n, blob in files.items() if not is_same(blob, there.get(n))}
         _refuse_a_mixture(release, files, there, target)
-        commit = hub.commit(changed, head, _message(release)) if changed else head
+        stale = [name for name in _STALE if name in there and name not in files]
+        commit = head
+        if changed or stale:
+            commit = hub.commit(changed, stale, head, _message(release))
         hub.check(files, commit)
         return HubPublished(
             target=target,
@@ -289,18 +294,21 @@ class _Hub:
         with translated(self.address):
             return self.api.model_info(self.address.name, timeout=self.patience.stall_s).private
 
-    def commit(self, files: Mapping[str, Blob], parent: str, message: str) -> str:
-        """Send files, commit them onto ``parent``, and return the commit."""
+    def commit(
+        self, files: Mapping[str, Blob], stale: Sequence[str], parent: str, message: str
+    ) -> str:
+        """Send files, commit them onto ``parent`` without the stale ones; return the commit."""
         upload = Upload(self.api, self.address, self.report)
         operations = upload.send(files)
         self.report.step("commit")
         try:
             with translated(self.address):
-                return upload.commit(operations, parent=parent, message=message)
+                return upload.commit(operations, stale, parent=parent, message=message)
         except TransferError:
             # An answer may be lost although the commit was made.
             head, there = self.listing()
-            if head != parent and all(is_same(b, there.get(n)) for n, b in files.items()):
+            made = head != parent and not there.keys() & set(stale)
+            if made and all(is_same(b, there.get(n)) for n, b in files.items()):
                 return head
             raise
 

@@ -125,11 +125,27 @@ class Upload:
         rest = sorted(files.keys() - set(large))
         return operations + [_operation(name, files[name]) for name in rest]
 
-    def commit(self, operations: Sequence[CommitOperationAdd], *, parent: str, message: str) -> str:
-        """Commit what was sent, if the branch still stands at ``parent``; return the commit."""
+    def commit(
+        self,
+        operations: Sequence[CommitOperationAdd],
+        stale: Sequence[str],
+        *,
+        parent: str,
+        message: str,
+    ) -> str:
+        """Commit what was sent, if the branch still stands at ``parent``; return the commit.
+
+        Args:
+            operations: from :meth:`send`.
+            stale: files to be removed.
+            parent: the commit that the listing was of.
+            message: one line.
+        """
+        from huggingface_hub import CommitOperationDelete
+
         info = self.api.create_commit(
             self.address.name,
-            operations,
+            [*operations, *(CommitOperationDelete(name) for name in stale)],
             commit_message=message,
             revision=self.address.revision,
             parent_commit=parent,
