@@ -17,6 +17,7 @@ from urllib.parse import urljoin
 from medllm_pack.errors import SourceError, TransferError
 from medllm_pack.ollama.image import Blob
 from medllm_pack.publish.journal import Entry, Journal
+from medllm_pack.publish.ollama_upload import send_parts
 from medllm_pack.publish.registry import Registry
 from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
 
@@ -113,8 +114,8 @@ def send_blob(blob: Blob, sending: Sending) -> Sent:
         if registry.start_upload(blob.digest, mount_from=source) is None:
             meter.reached(blob.size)
             return Sent(blob, "mounted")
-    upload = _Chunked(blob, sending, meter) if blob.size > sending.chunk else _Whole(
-        blob, sending, meter)  # fmt: skip
+    kind = _Whole if blob.size <= sending.chunk else _Chunked
+    upload = (_Parts if registry.target.kind == "ollama" else kind)(blob, sending, meter)
     upload.run()
     sending.journal.drop(blob)
     return Sent(blob, "sent", meter.total)
@@ -160,6 +161,20 @@ class _Whole:
         return self.registry.finish_upload(
             location, self.blob.digest, body=body, size=self.blob.size - start
         )
+
+
+class _Parts(_Whole):
+    """A blob to Ollama's own registry."""
+
+    def _attempt(self) -> Answer:
+        answer = send_parts(self.registry, self.blob, self._body, self.sending.stop)
+        if answer is None:
+            raise StoppedError("interrupted; the next run sends this blob anew")
+        return answer
+
+    def _body(self, start: int, end: int) -> Iterator[bytes]:
+        self.meter.position = start
+        return iter(Part(self.blob, start, end, self.meter.count))
 
 
 class _Chunked(_Whole):
