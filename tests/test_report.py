@@ -178,8 +178,8 @@ def read(text: str) -> float:
 
 def test_failure_is_named_with_its_cause_in_both_languages(failing: str) -> None:
     text = " ".join(t for _, t in Elements(failing).all("main"))
-    assert "Não. 1 de 3 variantes falharam." in text
-    assert "No. 1 of 3 variants failed." in text
+    assert "Não. Variantes que falharam: 1 de 3." in text
+    assert "No. Variants that failed: 1 of 3." in text
     assert "q4_k_m falhou primeiro em: pesos: erro relativo." in text
     assert "detail of weights.rmse" in text
     assert f"Usual cause: {CAUSES['weights']}." in text

@@ -26,7 +26,9 @@ from medllm_pack.publish.verify import Check
 from medllm_pack.recipe import Recipe
 
 # What a verdict of parity, added later, changes as well; it is compared through pack.json.
-_LATER = ("pack.json", "README.md", "provenance.json", "bom.cdx.json", "parity.json")
+_LATER = (
+    "pack.json", "README.md", "provenance.json", "bom.cdx.json", "parity.json", "parity.html",
+)  # fmt: skip
 
 _ROLES = ("base", "adapter", "merged")
 

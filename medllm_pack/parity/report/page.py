@@ -128,14 +128,14 @@ def _overview(variants: list[Any], words: Words) -> Markup:
         tag(
             "tr",
             tag("th", v["quant"], scope="row"),
+            tag("td", _chip(v["passed"], words)),
             tag("td", _size(v["size"], words), class_="n"),
             *(tag("td", words.data(v["figures"].get(key), form), class_="n")
               for key, form in _FIGURES.items()),
-            tag("td", _chip(v["passed"], words)),
         )
         for v in variants
     ]  # fmt: skip
-    heads = ("variant", "size", *_FIGURES, "verdict")
+    heads = ("variant", "verdict", "size", *_FIGURES)
     return _table(words("overview"), [words(key) for key in heads], rows)
 
 
