@@ -36,6 +36,7 @@ from medllm_pack.parity.measures import compare, summarize
 from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.run import Result, check_pack
+from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.texts import read_texts, shipped_texts
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
@@ -94,7 +95,9 @@ def build_pack(
 
 
 def check(pack: Path, inputs: Sources | None = None) -> Result:
-    return check_pack(pack, texts=TEXTS, sources=inputs, threads=1, report=Silent())
+    return check_pack(
+        pack, texts=TEXTS, sources=inputs, runtime=Runtime(threads=1), report=Silent()
+    )
 
 
 def reseal(pack: Path) -> None:
@@ -164,7 +167,7 @@ def test_sound_pack_passes_every_rung(tmp_path: Path, tokenizer: bytes, name: st
     assert [v.failed for v in result.verdicts] == [None] * 4
     rungs = [c.rung for c in result.verdicts[0].checks]
     assert list(dict.fromkeys(rungs)) == [
-        "file", "settings", "merge", "weights", "tokens", "logits", "generation",
+        "file", "settings", "merge", "weights", "tokens", "template", "logits", "generation",
     ]  # fmt: skip
     by_size = [result.verdicts[i].figures["kld_mean"] for i in (0, 2, 3)]
     assert by_size == sorted(by_size)
@@ -293,6 +296,37 @@ def bos_off(pack: Path, inputs: Sources) -> None:
     Editor(variant(pack, "F16")).set("tokenizer.ggml.add_bos_token", 0)
 
 
+def modelfile_changed(pack: Path, old: str, new: str) -> None:
+    path = pack / "Modelfile.f16"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def double_bos(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, 'TEMPLATE """', 'TEMPLATE """<s>')
+
+
+def stop_that_never_occurs(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, "TEMPLATE", 'PARAMETER stop """\u2581fim"""\nTEMPLATE')
+
+
+def stop_at_once(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, "TEMPLATE", 'PARAMETER stop """e"""\nTEMPLATE')
+
+
+def end_within_a_word(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, "{{ .Response }}", " {{ .Response }}")
+
+
+def other_template(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, "{{ .Prompt }}", "{{ .Prompt }}\n")
+
+
+def adapter_by_the_modelfile(pack: Path, inputs: Sources) -> None:
+    modelfile_changed(pack, "TEMPLATE", "ADAPTER ./lora\nTEMPLATE")
+
+
 def token_twice(pack: Path, inputs: Sources) -> None:
     tokens = Editor(variant(pack, "F16")).items("tokenizer.ggml.tokens")
     tokens[-1][:] = tokens[-2]  # llama.cpp aborts
@@ -315,6 +349,12 @@ FAULTS: dict[Fault, tuple[str, str, bool]] = {
     vocabulary_swapped: ("tokens.vocabulary", "token ", False),
     score_sign_wrong: ("tokens.vocabulary", "score", False),
     bos_off: ("tokens.vocabulary", "add_bos_token", False),
+    double_bos: ("template.bos", "3 BOS in one of 3 prompts", False),
+    stop_that_never_occurs: ("template.stops", "can never occur", False),
+    stop_at_once: ("template.stops", "near the beginning of most notes", False),
+    end_within_a_word: ("template.end", "do not end where an answer begins", False),
+    other_template: ("template.digest", "not the one that pack.json names", False),
+    adapter_by_the_modelfile: ("template.modelfile", "'ADAPTER ./lora'", False),
 }
 
 
@@ -337,6 +377,34 @@ def test_planted_fault_is_caught_on_its_rung(pack: Path, inputs: Sources, fault:
     assert error.value.exit_code == 3
 
 
+def test_k_permuted_as_q_is_caught_where_heads_share_keys(tmp_path: Path, tokenizer: bytes) -> None:
+    shape = pico.MISTRAL
+    base = pico.write_model(tmp_path / "b", shape, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "a", shape)
+    run(tmp_path / "p", quants=["f16"], base=base, adapter=adapter)
+    rows = Editor(variant(tmp_path / "p", "F16")).data["blk.1.attn_k.weight"]
+    theirs = rows.reshape(shape.kv_heads, shape.head_dim // 2, 2, -1).swapaxes(1, 2)
+    wrong = theirs.reshape(shape.heads, 2, -1, rows.shape[1]).swapaxes(1, 2)
+    rows[:] = wrong.reshape(rows.shape).copy()
+    reseal(tmp_path / "p")
+    failed = check(tmp_path / "p", Sources(str(base), str(adapter))).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "weights.exact"
+    assert "blk.1.attn_k.weight" in failed.detail
+
+
+def test_q4_k_tensor_with_wrong_scales_is_caught(tmp_path: Path, inputs: Sources) -> None:
+    pack = build_pack(tmp_path / "p", inputs, ["q4_k_m"])
+    rows = Editor(variant(pack, "Q4_K_M")).data["blk.0.ffn_up.weight"]
+    blocks = rows.reshape(-1, 144)  # d, dmin, 12 bytes of scales, 128 of weights
+    blocks[:, :2] = (blocks[:, :2].copy().view(np.float16) * np.float16(1.25)).view(np.uint8)
+    reseal(pack)
+    failed = check(pack, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "weights.rmse"
+    assert "blk.0.ffn_up.weight (Q4_K)" in failed.detail
+
+
 @pytest.mark.parametrize("fault", [not_merged, scale_of_one])
 def test_fault_of_the_merge_shows_in_a_quantized_variant_alone(
     two: Path, inputs: Sources, fault: Fault
@@ -346,6 +414,14 @@ def test_fault_of_the_merge_shows_in_a_quantized_variant_alone(
     failed = check(two, inputs).verdicts[0].failed
     assert failed is not None
     assert failed.name == "merge.pairs"
+
+
+def test_quantized_variant_of_another_model_is_caught(two: Path, inputs: Sources) -> None:
+    another_model(two, inputs)
+    reseal(two)
+    failed = check(two, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "weights.exact"  # the norms are in F32 there, too
 
 
 def test_byte_flipped_after_the_build_is_caught_by_the_digest(pack: Path, inputs: Sources) -> None:
@@ -428,6 +504,17 @@ def test_input_that_is_not_the_packs_is_refused_by_name(
 def test_folder_that_pack_json_cannot_know_is_asked_for(pack: Path) -> None:
     with pytest.raises(UsageError, match="--base DIR"):
         check(pack)
+
+
+def test_gpu_that_is_not_there_is_one_line_with_the_command(pack: Path, inputs: Sources) -> None:
+    if worker.call("facts")["gpu"]:
+        pytest.skip("this llama.cpp computes on a GPU")
+    ended = invoke(pack, inputs, "--gpu-layers", "all")
+    assert isinstance(ended.exception, MedllmError)
+    assert ended.exception.exit_code == 1
+    assert "CMAKE_ARGS=-DGGML_CUDA=on pip install" in str(ended.exception)
+    assert not (pack / "parity.json").exists()
+    assert isinstance(invoke(pack, inputs, "--gpu-layers", "viele").exception, UsageError)
 
 
 def test_missing_extra_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

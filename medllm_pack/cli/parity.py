@@ -24,6 +24,25 @@ TextsOpt = Annotated[
     ),
 ]
 
+GpuOpt = Annotated[
+    str | None,
+    typer.Option(metavar="N|all", help="layers that llama.cpp computes on the GPU; none if absent"),
+]
+CtxOpt = Annotated[
+    int | None,
+    typer.Option(
+        min=64, max=1 << 16, metavar="N", help="tokens of each text that are used; 256 if absent"
+    ),
+]
+OllamaOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="also ask this model of the Ollama server that OLLAMA_HOST names; it must hold a "
+        "variant of the pack, and gets to read synthetic notes only",
+    ),
+]
+
 
 def parity(
     pack: PackArg,
@@ -31,7 +50,12 @@ def parity(
     adapter: o.AdapterOpt = None,
     merged: o.MergedOpt = None,
     texts: TextsOpt = None,
-    threads: o.ThreadsOpt = None,
+    ollama: OllamaOpt = None,
+    gpu_layers: GpuOpt = None,
+    ctx: CtxOpt = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, metavar="N", help="of llama.cpp; all processors")
+    ] = None,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
     verbose: o.VerboseOpt = False,
@@ -41,13 +65,18 @@ def parity(
 
     require_extra()
     from medllm_pack.parity.run import NOTES, check_pack
+    from medllm_pack.parity.runtime import Runtime, layers
     from medllm_pack.parity.texts import read_texts
 
     output = Output(json=json, quiet=quiet or json, verbose=verbose)
     own = read_texts(texts, count=NOTES) if texts else None
+    given = {"threads": threads, "gpu_layers": layers(gpu_layers), "ctx": ctx}
+    runtime = Runtime(**{name: value for name, value in given.items() if value is not None})
     sources = Sources(base, adapter, merged)
     with output.reporter() as report:
-        result = check_pack(pack, texts=own, sources=sources, threads=threads, report=report)
+        result = check_pack(
+            pack, texts=own, sources=sources, runtime=runtime, ollama=ollama, report=report
+        )
     output.result(result.document, lambda: _show(output, result))
     result.raise_if_failed()
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from medllm_pack.parity.measures import Spread
 
-Rung = Literal["file", "settings", "merge", "weights", "tokens", "logits", "generation"]
+Rung = Literal[
+    "file", "settings", "merge", "weights", "tokens", "template", "logits", "generation", "served"
+]  # fmt: skip
 
 # What usually lies behind the first rung that fails.
 CAUSES: Mapping[Rung, str] = MappingProxyType(
@@ -24,8 +26,10 @@ CAUSES: Mapping[Rung, str] = MappingProxyType(
         "merge": "the adapter was not merged, merged with another scale, or another one was",
         "weights": "rows in the wrong order, tensors under each other's names, or damaged data",
         "tokens": "the vocabulary of another model, or a tokenizer that was edited",
+        "template": "a Modelfile that was edited, or a style that was not made for this tokenizer",
         "logits": "a setting or a weight that differs, or a quantization that costs too much",
         "generation": "weights or settings that differ slightly",
+        "served": "the server holds another template, or runs the file in another way",
     }
 )
 

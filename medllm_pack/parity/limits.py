@@ -89,6 +89,11 @@ GREEDY_AGREEMENT = 0.98
 GREEDY_TIES: Mapping[str, float] = MappingProxyType({"f32": 0.02, "f16": 0.02, "bf16": 0.2})
 
 
+# Tokens that a server must write as llama.cpp does, and the lead of a token below which another
+# choice is as good: servers compute with other kernels. Not calibrated on a real server yet.
+SERVED_AGREEMENT, SERVED_TIE = 0.9, 0.5
+
+
 def logit_limits(quant: str) -> LogitLimits:
     """Return the limits for a variant, such as ``q4_k_m``."""
     return next(limits for prefix, limits in LOGITS.items() if quant.startswith(prefix))

@@ -1,6 +1,6 @@
 """The door to llama.cpp as a runtime: load a GGUF file, tokenize, compute logits, write greedily.
 
-Uses the C functions that llama-cpp-python exposes, on the CPU. llama.cpp may abort its process on
+Uses the C functions that llama-cpp-python exposes. llama.cpp may abort its process on
 a bad file: whoever runs files of others does it in a process of its own.
 """
 
@@ -17,33 +17,43 @@ from numpy.typing import NDArray
 
 from medllm_pack.errors import MedllmError, shown
 
+_BATCH = 512  # tokens that llama.cpp computes together: what they need of memory is bounded
+
 
 class Model:
-    """A GGUF file loaded by llama.cpp, with a context of ``n_ctx`` tokens.
+    """A GGUF file loaded by llama.cpp, with a context of ``n_ctx`` tokens; 0: vocabulary only.
 
     Raises:
         MedllmError: if llama.cpp does not load the file.
     """
 
-    def __init__(self, path: Path, *, n_ctx: int = 512, threads: int = 2) -> None:
+    def __init__(
+        self, path: Path, *, n_ctx: int = 512, threads: int = 2, gpu_layers: int = 0
+    ) -> None:
         self._api = api = _api()
         params = api.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = gpu_layers
+        params.vocab_only = n_ctx == 0
         # Repacked weights (AMX and the like) are another path through llama.cpp's kernels; with
         # 0.3.36 it crashes on some machines. The plain path gives the same answer on all.
         params.use_extra_bufts = False
         self._model = api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise MedllmError(f"llama.cpp does not load {shown(path.name)}")
-        settings = api.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
-        settings.n_threads = settings.n_threads_batch = threads
-        # As with repacking: one way through the kernels on every machine.
-        settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._context = api.llama_init_from_model(self._model, settings)
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self._vocab)
         self.n_ctx = n_ctx
+        self._context = self._new_context(threads) if n_ctx else None
+
+    def _new_context(self, threads: int) -> Any:
+        api = self._api
+        settings = api.llama_context_default_params()
+        settings.n_ctx = self.n_ctx
+        settings.n_batch = settings.n_ubatch = min(self.n_ctx, _BATCH)
+        settings.n_threads = settings.n_threads_batch = threads
+        # As with repacking: one way through the kernels on every machine.
+        settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return api.llama_init_from_model(self._model, settings)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a text, with what the file says about BOS and EOS.
@@ -69,7 +79,11 @@ class Model:
             MedllmError: if llama.cpp cannot compute them.
         """
         self._forget()
-        return self._decode(ids, start=0, every=True)
+        parts = [
+            self._decode(ids[at : at + _BATCH], start=at, every=True)
+            for at in range(0, len(ids), _BATCH)
+        ]
+        return np.concatenate(parts)
 
     def write(self, prompt: str, *, tokens: int) -> str:
         """Return the greedy continuation of a prompt, up to an end of text."""
@@ -77,23 +91,31 @@ class Model:
 
     def continue_greedily(self, ids: Sequence[int], *, tokens: int) -> list[int]:
         """Return the ids of the greedy continuation, up to an end of text (left out)."""
+        return [id_ for id_, _ in self.follow(ids, tokens=tokens)]
+
+    def follow(self, ids: Sequence[int], *, tokens: int) -> list[tuple[int, float]]:
+        """Return each id of the greedy continuation, and by how much its logit led."""
         self._forget()
         position, fresh = 0, list(ids)
-        written: list[int] = []
+        written: list[tuple[int, float]] = []
         while len(written) < tokens and position + len(fresh) < self.n_ctx:
-            scores = self._decode(fresh, start=position, every=False)
-            position += len(fresh)
+            for at in range(0, len(fresh), _BATCH):
+                part = fresh[at : at + _BATCH]
+                scores = self._decode(part, start=position, every=False)
+                position += len(part)
             best = int(scores[-1].argmax())
             if self._api.llama_vocab_is_eog(self._vocab, best):
                 break
-            written.append(best)
+            second, first = np.partition(scores[-1], -2)[-2:]
+            written.append((best, float(first - second)))
             fresh = [best]
         return written
 
     def close(self) -> None:
         """Free model and context."""
         if self._model:
-            self._api.llama_free(self._context)
+            if self._context:
+                self._api.llama_free(self._context)
             self._api.llama_model_free(self._model)
             self._model = None
 
@@ -133,6 +155,11 @@ class Model:
         rows = n if every else 1
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab)).copy()
+
+
+def supports_gpu() -> bool:
+    """Say whether this build of llama.cpp finds a GPU that it can compute on."""
+    return bool(_api().llama_supports_gpu_offload())
 
 
 def _api() -> Any:

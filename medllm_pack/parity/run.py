@@ -9,7 +9,6 @@ Memory: what the reference needs. Disk: the logits of all texts, twice, in a tem
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +16,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from medllm_pack import files
-from medllm_pack.errors import CheckFailedError, GGUFError, SourceError, WorkerError, shown
+from medllm_pack.errors import (
+    CheckFailedError,
+    GGUFError,
+    ModelfileError,
+    SourceError,
+    WorkerError,
+    shown,
+)
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.ollama.server import Server
 from medllm_pack.pack import papers
-from medllm_pack.pack.manifest import read_manifest
+from medllm_pack.pack.manifest import Document, read_manifest
 from medllm_pack.parity import limits, record, worker
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
 from medllm_pack.parity.measures import Spread
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
 from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
+from medllm_pack.parity.prompts import check_template, read_beside
 from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.runtime import Runtime
+from medllm_pack.parity.served import Served, check_served, find_served
 from medllm_pack.parity.tensors import check_tensors
 from medllm_pack.parity.texts import Texts, shipped_texts
 from medllm_pack.parity.tokens import (
@@ -39,7 +49,6 @@ from medllm_pack.parity.tokens import (
 from medllm_pack.progress import Reporter
 
 NOTES = 16  # texts that are used
-_TOKENS = 256  # ids of a text that are used
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 24
 
 
@@ -85,6 +94,7 @@ class _Climb:
     quant: str
     path: Path
     sha256: str
+    entry: dict[str, Any]  # of pack.json
     header: GGUFFile | None = None
     checks: list[Check] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
@@ -106,7 +116,8 @@ def check_pack(
     *,
     texts: Texts | None = None,
     sources: Sources | None = None,
-    threads: int | None = None,
+    runtime: Runtime | None = None,
+    ollama: str | None = None,
     report: Reporter,
 ) -> Result:
     """Check every variant of a pack against the model it was made from.
@@ -115,7 +126,8 @@ def check_pack(
         folder: the pack; the verdict is written into it.
         texts: what is predicted; held-out notes of the tiny model if None.
         sources: where base, adapter or merged weights are now, if not where pack.json says.
-        threads: of llama.cpp; all processors of this process if None.
+        runtime: how llama.cpp is run; all processors of this process if None.
+        ollama: a model on an Ollama server that is checked, too.
         report: listener.
 
     Raises:
@@ -124,9 +136,13 @@ def check_pack(
     require_extra()
     manifest = read_manifest(folder)
     papers.derived(manifest)  # a pack.json that could not be written again is refused now
-    original = find_original(manifest, sources or Sources(), report=report)
-    ladder = _Ladder(original, threads or len(os.sched_getaffinity(0)), report)
+    runtime = runtime or Runtime()
+    runtime.require()
     climbs = [_climb(folder, entry) for entry in manifest["variants"]]
+    digests = {climb.quant: climb.sha256 for climb in climbs}
+    served = find_served(Server.from_environment(), ollama, digests) if ollama else None
+    original = find_original(manifest, sources or Sources(), report=report)
+    ladder = _Ladder(original, runtime, served, manifest, report)
     texts = texts or shipped_texts(count=NOTES)
     with TemporaryDirectory(prefix="medllm-parity-") as temporary:
         ladder.climb(climbs, texts, Path(temporary))
@@ -142,18 +158,26 @@ def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:
     name = entry["file"]
     if Path(name).name != name:
         raise SourceError(f"pack.json names the file {shown(name)}, which is not in the pack")
-    return _Climb(entry["quant"], folder / name, entry["sha256"])
+    return _Climb(entry["quant"], folder / name, entry["sha256"], entry)
 
 
 class _Ladder:
     """The rungs, in order, for all variants of a pack."""
 
-    def __init__(self, original: Original, threads: int, report: Reporter) -> None:
-        self.original, self.threads, self.report = original, threads, report
+    def __init__(
+        self,
+        original: Original,
+        runtime: Runtime,
+        served: Served | None,
+        manifest: Document,
+        report: Reporter,
+    ) -> None:
+        self.original, self.runtime, self.report = original, runtime, report
+        self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)
 
     def climb(self, climbs: Sequence[_Climb], texts: Texts, temporary: Path) -> None:
-        sequences = [self.tokenizer.encode(note)[:_TOKENS] for note in texts.notes]
+        sequences = [self.tokenizer.encode(note)[: self.runtime.ctx] for note in texts.notes]
         for climb in climbs:
             self._look_at_file(climb)
         sound = [climb for climb in climbs if climb.header is not None]
@@ -167,6 +191,7 @@ class _Ladder:
         for climb in sound:
             self._compare_logits(climb, sequences, reference[: len(sequences)], temporary)
             self._compare_writing(climb, [next(ends) for _ in climb.written])
+            self._compare_served(climb)
 
     def _look_at_file(self, climb: _Climb) -> None:
         self.report.step(f"digest of {climb.path.name}")
@@ -193,6 +218,7 @@ class _Ladder:
         climb.checks += checks
         climb.checks.append(check_vocabulary(metadata, self.tokenizer))
         climb.checks.append(self._tokenize(climb))
+        climb.checks += self._render(climb)
 
     def _tokenize(self, climb: _Climb) -> Check:
         if not self.tokenizer.comparable:
@@ -205,6 +231,33 @@ class _Ladder:
             return broken("tokens.ids", str(error))
         return check_ids(answer["ids"], self.tokenizer)
 
+    def _render(self, climb: _Climb) -> list[Check]:
+        def ask(texts: Sequence[str], stops: Sequence[str]) -> dict[str, Any]:
+            return worker.call(
+                "prompts", model=str(climb.path.resolve()), texts=list(texts), stops=list(stops)
+            )
+
+        folder, entry = climb.path.parent, climb.entry
+        return check_template(folder, entry, self.template, self.tokenizer, ask)
+
+    def _compare_served(self, climb: _Climb) -> None:
+        """Ask the server, if it is this variant that it holds."""
+        if self.served is None or self.served.sha256 != climb.sha256:
+            return
+
+        def write(prompts: Sequence[str], tokens: int) -> dict[str, Any]:
+            return worker.call(
+                "write", model=str(climb.path.resolve()), prompts=list(prompts), tokens=tokens,
+                **self.runtime.arguments(),
+            )  # fmt: skip
+
+        self.report.step(f"{climb.quant} as served")
+        try:
+            modelfile = read_beside(climb.path.parent, climb.entry)
+            climb.checks += check_served(self.served, climb.quant, modelfile, write)
+        except (SourceError, ModelfileError) as error:
+            climb.checks.append(broken("served", str(error)))
+
     def _let_write(self, climb: _Climb, sequences: Sequence[Sequence[int]]) -> None:
         """Let llama.cpp continue the first texts; the reference reads it later."""
         if climb.quant not in limits.GREEDY_TIES:  # a quantized one may well write otherwise
@@ -214,7 +267,7 @@ class _Ladder:
         try:
             answer = worker.call(
                 "continue", model=str(climb.path.resolve()), prompts=prompts,
-                tokens=_NEW_TOKENS, threads=self.threads,
+                tokens=_NEW_TOKENS, **self.runtime.arguments(),
             )  # fmt: skip
         except WorkerError as error:
             climb.unwritten = str(error)
@@ -232,7 +285,7 @@ class _Ladder:
         try:
             answer = worker.call(
                 "logits", model=str(climb.path.resolve()), sequences=[list(s) for s in sequences],
-                folder=str(temporary), threads=self.threads,
+                folder=str(temporary), **self.runtime.arguments(),
             )  # fmt: skip
         except WorkerError as error:
             climb.checks.append(broken("logits", str(error)))

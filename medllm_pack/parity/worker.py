@@ -27,7 +27,11 @@ DAY = 24 * 3600.0
 # -P: the current folder, which may be anyone's, is no place to import from.
 COMMAND: Command = (sys.executable, "-P", "-m", "medllm_pack.parity.worker")
 # What the loader of shared libraries needs, and nothing that could hold a secret.
-_KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")
+_KEPT = (
+    "LD_LIBRARY_PATH", "TMPDIR", "HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME",
+    "CUDA_PATH", "CUDA_CACHE_PATH", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+    "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ROCM_PATH",
+)  # fmt: skip
 
 
 def call(
@@ -95,38 +99,76 @@ def _read_answer(answer: bytes, code: int) -> dict[str, Any]:
 # --- the child
 
 
+def _facts() -> dict[str, Any]:
+    from medllm_pack.parity.llamacpp import supports_gpu
+
+    return {"gpu": supports_gpu()}
+
+
 def _tokenize(model: str, texts: Sequence[str]) -> dict[str, Any]:
     from medllm_pack.parity.llamacpp import Model
 
-    with Model(Path(model)) as loaded:
+    with Model(Path(model), n_ctx=0) as loaded:
         return {"ids": [loaded.tokenize(text) for text in texts]}
 
 
+def _prompts(model: str, texts: Sequence[str], stops: Sequence[str]) -> dict[str, Any]:
+    """Tokenize prompts as Ollama does, and spell stops in the middle of a text."""
+    from medllm_pack.parity.llamacpp import Model
+
+    with Model(Path(model), n_ctx=0) as loaded:
+        return {
+            "ids": [loaded.tokenize(text, special=True) for text in texts],
+            "spelled": [loaded.detokenize(loaded.tokenize(f"x\n{s}\nx")) for s in stops],
+        }
+
+
+def _write(
+    model: str, prompts: Sequence[str], tokens: int, threads: int, gpu_layers: int
+) -> dict[str, Any]:
+    from medllm_pack.parity.llamacpp import Model
+
+    with Model(Path(model), n_ctx=0) as loaded:
+        ids = [loaded.tokenize(prompt, special=True) for prompt in prompts]
+    context = max(map(len, ids)) + tokens + 1
+    written = []
+    with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
+        for prompt in ids:
+            found = loaded.follow(prompt, tokens=tokens)
+            new = [id_ for id_, _ in found]
+            texts = [loaded.detokenize(new[: i + 1]) for i in range(len(new))]
+            written.append({"texts": texts, "margins": [margin for _, margin in found]})
+    return {"written": written, "context": context}
+
+
 def _continue(
-    model: str, prompts: Sequence[Sequence[int]], tokens: int, threads: int
+    model: str, prompts: Sequence[Sequence[int]], tokens: int, threads: int, gpu_layers: int
 ) -> dict[str, Any]:
     from medllm_pack.parity.llamacpp import Model
 
     context = max(map(len, prompts)) + tokens + 1
-    with Model(Path(model), n_ctx=context, threads=threads) as loaded:
+    with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
         return {"ids": [loaded.continue_greedily(ids, tokens=tokens) for ids in prompts]}
 
 
 def _logits(
-    model: str, sequences: Sequence[Sequence[int]], folder: str, threads: int
+    model: str, sequences: Sequence[Sequence[int]], folder: str, threads: int, gpu_layers: int
 ) -> dict[str, Any]:
     import numpy as np
 
     from medllm_pack.parity.llamacpp import Model
 
     context = max(map(len, sequences))
-    with Model(Path(model), n_ctx=context, threads=threads) as loaded:
+    with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
         for i, ids in enumerate(sequences):
             np.save(Path(folder) / f"{i}.npy", loaded.logits(ids))
     return {"files": [f"{i}.npy" for i in range(len(sequences))]}
 
 
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "facts": _facts,
+    "prompts": _prompts,
+    "write": _write,
     "tokenize": _tokenize,
     "continue": _continue,
     "logits": _logits,

@@ -1,0 +1,117 @@
+"""Rung *served*, against a loopback server that answers as Ollama documents, with llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medllm_pack.errors import ServerError
+from medllm_pack.ollama.modelfile import Modelfile
+from medllm_pack.pack.build import build
+from medllm_pack.pack.plan import Request, make_plan
+from medllm_pack.parity import worker
+from medllm_pack.parity.checks import Check
+from medllm_pack.parity.prompts import read_beside
+from medllm_pack.parity.served import check_served, find_served
+from medllm_pack.progress import Silent
+from medllm_pack.recipe import load_recipe, recipe_path
+from tests import llama_worker
+from tests.test_server import Answer, Serve, serve  # noqa: F401, a fixture
+
+BEHIND = "{{ .Prompt }}{{ .Response }}"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of the tiny model, which has something to say: random weights know only ties."""
+    path = recipe_path("tiny")
+    request = Request(
+        recipe=load_recipe(path), folder=path.parent, out=tmp_path_factory.mktemp("p") / "tiny",
+        variants=("q8_0",),
+    )  # fmt: skip
+    return build(make_plan(request, report=Silent()), threads=2).folder
+
+
+class Fake:
+    """Answers of a server that holds the pack's variant and runs it with llama.cpp."""
+
+    def __init__(
+        self, pack: Path, *, digest: str = "", instead: str = "", status: int = 200
+    ) -> None:
+        entry = json.loads((pack / "pack.json").read_text(encoding="utf-8"))["variants"][0]
+        self.model, self.instead, self.status = pack / entry["file"], instead, status
+        self.digest = digest or entry["sha256"]
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, path: str, question: Any) -> Answer:
+        if path == "/api/version":
+            return 200, b'{"version": "0.12.3"}'
+        if path == "/api/show":
+            text = f'# Modelfile\nFROM /var/blobs/sha256-{self.digest}\nTEMPLATE "{BEHIND}"\n'
+            return 200, json.dumps({"modelfile": text}).encode()
+        assert path == "/api/generate"
+        self.asked.append(question)
+        if self.status != 200:
+            return self.status, b'{"error": "llama runner process has terminated"}'
+        # The style's template adds nothing, so that raw and rendered prompts are the same.
+        prompt, tokens = self.instead or question["prompt"], question["options"]["num_predict"]
+        found = llama_worker.call(
+            "generate", models=[str(self.model)], prompts=[prompt], tokens=tokens
+        )
+        return 200, json.dumps({"response": found[str(self.model)][0], "done": True}).encode()
+
+
+def check(pack: Path, serve: Serve, fake: Fake) -> list[Check]:  # noqa: F811
+    server = replace(serve(fake), timeout=120)
+    served = find_served(server, "clinica:7b", {"q8_0": fake.digest})
+    entry = json.loads((pack / "pack.json").read_text(encoding="utf-8"))["variants"][0]
+
+    def write(prompts: Sequence[str], tokens: int) -> dict[str, Any]:
+        return worker.call(
+            "write", model=str(pack / entry["file"]), prompts=list(prompts), tokens=tokens,
+            threads=1, gpu_layers=0,
+        )  # fmt: skip
+
+    modelfile: Modelfile = read_beside(pack, entry)
+    return check_served(served, "q8_0", modelfile, write)
+
+
+def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # noqa: F811
+    fake = Fake(pack)
+    checks = check(pack, serve, fake)
+    assert [(c.name, c.passed, c.measured) for c in checks] == [
+        ("served.raw", True, 1.0),
+        ("served.template", True, 1.0),
+    ]
+    assert [q["raw"] for q in fake.asked] == [True] * 4 + [False] * 4
+    options = fake.asked[0]["options"]
+    assert options["temperature"] == 0
+    assert options["repeat_penalty"] == 1
+    assert options["stop"] == []
+
+
+def test_server_that_reads_another_prompt_is_caught(pack: Path, serve: Serve) -> None:  # noqa: F811
+    checks = check(pack, serve, Fake(pack, instead="O gato dorme"))
+    assert [c.passed for c in checks] == [False, False]
+
+
+def test_server_that_fails_is_a_finding_with_its_reason(
+    pack: Path, serve: Serve  # noqa: F811
+) -> None:  # fmt: skip
+    checks = check(pack, serve, Fake(pack, status=500))
+    assert [c.passed for c in checks] == [False, False]
+    assert "500: 'llama runner process has terminated'" in checks[0].detail
+
+
+def test_other_weights_on_the_server_are_said_instead_anything(
+    pack: Path, serve: Serve  # noqa: F811
+) -> None:  # fmt: skip
+    with pytest.raises(ServerError, match=r"sha256:0{12}…, which are none of this pack's"):
+        find_served(serve(Fake(pack, digest="0" * 64)), "m", {"q8_0": "1" * 64})
+    with pytest.raises(ServerError, match="does not say what 'm' holds"):
+        find_served(serve(lambda *_: (200, b'{"version": "1"}')), "m", {"q8_0": "1" * 64})
