@@ -58,7 +58,7 @@ def test_another_adapter_is_a_no(
     other = pico.write_adapter(tmp_path / "other", tensors=tensors)
     code, said = rebuilt(capsys, pack, "--base", llama_folder, "--adapter", other)
     assert code == 3
-    assert "adapter_model.safetensors (adapter) is not the file" in said
+    assert "'adapter_model.safetensors' (adapter) is not the file" in said
     assert "verified" not in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -23,6 +24,12 @@ from tests import pico_packs as packs
 from tests.test_bad_input import run
 
 FLIPS = 40  # a file
+LARGE = (
+    pytest.mark.large,
+    pytest.mark.skipif(
+        os.environ.get("MEDLLM_TEST_LARGE") != "1", reason="minutes; set MEDLLM_TEST_LARGE=1"
+    ),
+)
 
 
 def write_keys(
@@ -95,7 +102,8 @@ def test_json_holds_every_check(pack: Path, capsys: pytest.CaptureFixture[str]) 
     }  # fmt: skip
 
 
-def test_every_flipped_bit_is_found(signed_once: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flips", [FLIPS, pytest.param(2500, marks=LARGE)])
+def test_every_flipped_bit_is_found(signed_once: Path, tmp_path: Path, flips: int) -> None:
     """Random places of every file, its first and last bytes among them; a header has more."""
     pack = packs.copy(signed_once, tmp_path / "flipped")
     chance, tried = random.Random(20261125), 0
@@ -103,16 +111,17 @@ def test_every_flipped_bit_is_found(signed_once: Path, tmp_path: Path) -> None:
         if path.name == "model.sig":
             continue  # the signature is its own check, below
         data = path.read_bytes()
-        places = {0, len(data) - 1} | {chance.randrange(len(data)) for _ in range(FLIPS)}
+        places = {0, len(data) - 1} | {chance.randrange(len(data)) for _ in range(flips)}
         if path.suffix == ".gguf":
-            places |= {chance.randrange(4096) for _ in range(FLIPS)}
+            places |= {chance.randrange(4096) for _ in range(flips)}
         for place in sorted(places):
             _flip(path, place, bit := 1 << chance.randrange(8))
             verified = verify_pack(pack, key=None, report=Silent())
             assert verified.failed, f"{path.name}: byte {place}, bit {bit}"
             _flip(path, place, bit)
             tried += 1
-    assert tried > 300, tried
+    assert tried > 4 * flips
+    print(f"{tried} flipped bits, all noticed")
     assert not verify_pack(pack, key=None, report=Silent()).failed
 
 

@@ -130,7 +130,7 @@ def _differences(
     """Yield what the second pack has otherwise; versions of the tools explain, and come first."""
     for tool, version in before["tools"].items():
         if after["tools"].get(tool) != version:
-            yield f"made with {tool} {version}, rebuilt with {after['tools'].get(tool)}"
+            yield f"made with {shown(tool)} {shown(version)}, not {after['tools'].get(tool)}"
     yield from _input_differences(before, after)
     old, new = read_sums(folder), read_sums(again)
     for name in sorted((set(old) | set(new)) - set(_LATER)):
@@ -149,7 +149,7 @@ def _input_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> I
     )  # fmt: skip
     for role, name in sorted(set(old) | set(new)):
         if old.get((role, name)) != new.get((role, name)):
-            yield f"the input {name} ({role}) is not the file that the pack was made from"
+            yield f"the input {shown(name)} ({role}) is not the file that the pack was made from"
 
 
 def _short(digest: str | None) -> str:

@@ -29,7 +29,7 @@ def require_extra() -> None:
     Raises:
         UsageError: if model-signing is not installed.
     """
-    if importlib.util.find_spec("model_signing") is None:
+    if not all(map(importlib.util.find_spec, ("model_signing", "OpenSSL"))):
         raise UsageError(_EXTRA)
 
 

@@ -175,7 +175,7 @@ def of_papers(
     licence = (reason.text for reason in gate.licence_reasons(folder, document))
     return [
         all_of("papers", _paper_faults(folder, document), "what derives from pack.json does"),
-        all_of("licence", licence, f"{document['license']['id']}; its duties are fulfilled"),
+        all_of("licence", licence, f"{shown(document['license']['id'])}: its duties are fulfilled"),
         parity_check(document, variants),
     ]
 
