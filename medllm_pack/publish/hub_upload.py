@@ -1,8 +1,8 @@
 """Files on their way to the Hub, through its own library: LFS or xet, whichever it chooses.
 
 Keeps the library quiet (its log holds signed addresses), tells progress by where it reads, and
-translates what it raises. Every large file's digest, as the library took it while reading, must be
-the one that was to be sent. Knows nothing of packs.
+translates what it raises. Every large file's digest, taken from its bytes while they are sent, must
+be the one that was to be sent. Knows nothing of packs.
 
 Memory: the library's, some buffers.
 """
@@ -14,10 +14,11 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from medllm_pack import files
 from medllm_pack.errors import MedllmError, SourceError, TransferError, shown
 from medllm_pack.ollama.image import Blob
 from medllm_pack.progress import Reporter
@@ -111,19 +112,19 @@ class Upload:
     def __init__(self, api: HfApi, address: Address, report: Reporter) -> None:
         self.api, self.address, self.report = api, address, report
 
-    def send(self, files: Mapping[str, Blob]) -> list[CommitOperationAdd]:
+    def send(self, blobs: Mapping[str, Blob]) -> list[CommitOperationAdd]:
         """Bring the bytes to the Hub's storage; nothing is visible yet.
 
         Raises:
             SourceError: if a file is missing or is not what its digest says.
             TransferError: if the Hub refuses or cannot be reached.
         """
-        large = [name for name, blob in files.items() if isinstance(blob.source, Path)]
-        total = sum(files[name].size for name in large)
+        large = [name for name, blob in blobs.items() if isinstance(blob.source, Path)]
+        total = sum(blobs[name].size for name in large)
         self.report.step(f"upload to {self.address.name}", total_bytes=total)
-        operations = [self._sent(name, files[name]) for name in sorted(large)]
-        rest = sorted(files.keys() - set(large))
-        return operations + [_operation(name, files[name]) for name in rest]
+        operations = [self._sent(name, blobs[name]) for name in sorted(large)]
+        rest = sorted(blobs.keys() - set(large))
+        return operations + [_operation(name, blobs[name]) for name in rest]
 
     def commit(
         self,
@@ -153,31 +154,44 @@ class Upload:
         return str(info.oid)
 
     def _sent(self, name: str, blob: Blob) -> CommitOperationAdd:
-        operation = _operation(name, blob)
         try:
-            self._send(operation, blob)
+            operation, found = self._send(name, blob)
         except TransferError:
             if not _leave_xet():
                 raise
             self.report.notice("the Hub's xet storage is out of reach; sending by LFS instead")
-            operation = _operation(name, blob)
-            self._send(operation, blob)
-        if operation.upload_info.sha256.hex() != blob.digest.hex:
+            operation, found = self._send(name, blob)
+        if found != blob.digest.hex:
             raise SourceError(
-                f"{shown(name)} is not what the pack says: its SHA-256 is "
-                f"{operation.upload_info.sha256.hex()[:12]}…; nothing was committed, build again"
+                f"{shown(name)} is not what the pack says: its SHA-256 is {found[:12]}…; nothing "
+                "was committed, build again"
             )
         return operation
 
-    def _send(self, operation: CommitOperationAdd, blob: Blob) -> None:
+    def _send(self, name: str, blob: Blob) -> tuple[CommitOperationAdd, str]:
+        """Send a file; return its digest as it was taken from the bytes meanwhile."""
+        from huggingface_hub import constants
+
         assert isinstance(blob.source, Path)
-        with translated(self.address), _Watch(blob.source, blob.size, self.report):
-            self.api.preupload_lfs_files(
-                self.address.name,
-                [operation],
-                revision=self.address.revision,
-                free_memory=False,
-            )
+        operation = _operation(name, blob)
+        digest = None
+        if constants.HF_HUB_DISABLE_XET:
+            # The library would digest first and send then; xet does both in one passage.
+            operation.upload_info.sha256 = bytes.fromhex(blob.digest.hex)
+            digest = _Digest(blob.source)
+        try:
+            with translated(self.address), _Watch(blob, self.report), digest or nullcontext():
+                self.api.preupload_lfs_files(
+                    self.address.name,
+                    [operation],
+                    revision=self.address.revision,
+                    free_memory=False,
+                )
+        except TransferError:
+            if digest is None or digest.hex in ("", blob.digest.hex):
+                raise
+            return operation, digest.hex  # the storage may have refused it for that very reason
+        return operation, digest.hex if digest else operation.upload_info.sha256.hex()
 
 
 def _operation(name: str, blob: Blob) -> CommitOperationAdd:
@@ -201,21 +215,44 @@ def _leave_xet() -> bool:
     return True
 
 
+class _Digest:
+    """Digests a file beside the sending of it, to its end unless the user interrupts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.hex = ""
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stopped = kind is not None and not issubclass(kind, Exception)
+        self._thread.join()
+
+    def _run(self) -> None:
+        # A file that cannot be read leaves an empty digest, which is no file's.
+        with suppress(OSError, InterruptedError):
+            self.hex = files.sha256(self._path, advance=self._go_on)
+
+    def _go_on(self, _: int) -> None:
+        if self._stopped:
+            raise InterruptedError
+
+
 class _Watch:
     """Tells how far a file of this process has been read, whoever reads it.
 
-    The library has no hook that serves both of its ways, so /proc is asked where it reads. By LFS
-    it reads a file twice: for the digest, then to send it; only the last passage is the sending,
-    and each counts half. Without /proc the file is told when it is done. The thread that runs the
-    job waits inside the library meanwhile.
+    The library has no hook that serves both of its ways, so /proc is asked where it reads: the
+    slowest reader counts, which sends. Without /proc the file is told when it is done. The thread
+    that runs the job waits inside the library meanwhile.
     """
 
-    def __init__(self, path: Path, size: int, report: Reporter) -> None:
-        from huggingface_hub import constants
-
-        self._path, self._size, self._report = str(path.resolve()), size, report
-        self._passes = 2 if constants.HF_HUB_DISABLE_XET else 1
-        self._last = self._read = self._told = 0
+    def __init__(self, blob: Blob, report: Reporter) -> None:
+        assert isinstance(blob.source, Path)
+        self._path, self._size, self._report = str(blob.source.resolve()), blob.size, report
+        self._told = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -230,18 +267,14 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._done.wait(_LOOK_S):
-            position = self._position()
-            if position is not None:
-                self._read += position - self._last if position >= self._last else position
-                self._last = position
-                self._tell(min(self._read // self._passes, self._size))
+            self._tell(self._position())
 
     def _tell(self, position: int) -> None:
         if position > self._told:
             self._report.advance(position - self._told)
             self._told = position
 
-    def _position(self) -> int | None:
+    def _position(self) -> int:
         found = []
         try:
             for number in os.listdir("/proc/self/fd"):
@@ -249,8 +282,8 @@ class _Watch:
                     lines = Path(f"/proc/self/fdinfo/{number}").read_text()
                     found.append(int(lines.split("pos:")[1].split()[0]))
         except (OSError, ValueError, IndexError):
-            return None
-        return max(found, default=None)
+            return 0
+        return min(found, default=0)
 
 
 def _target(number: str) -> str:
