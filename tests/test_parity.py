@@ -29,12 +29,14 @@ from medllm_pack.errors import (
     UsageError,
     WorkerError,
 )
+from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import worker
-from medllm_pack.parity.measures import compare, summarize
+from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.report.page import page
 from medllm_pack.parity.run import Result, check_pack
 from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.texts import read_texts, shipped_texts
@@ -177,6 +179,10 @@ def test_sound_pack_passes_every_rung(tmp_path: Path, tokenizer: bytes, name: st
     assert [v["quant"] for v in manifest["parity"]["variants"]] == quants
     assert manifest["parity"]["texts"] == TEXTS.document()
     assert json.loads((tmp_path / "p" / "parity.json").read_text()) == result.document
+    tensors = [len(v["tensors"]) for v in result.document["variants"]]
+    assert tensors == [len(read_gguf(variant(tmp_path / "p", "F16")).tensors)] * 4
+    html = (tmp_path / "p" / "parity.html").read_text(encoding="utf-8")
+    assert html == page(manifest, result.document)
 
 
 def test_pack_of_merged_weights_passes_without_a_merge_proof(
@@ -606,6 +612,19 @@ def test_figures_of_equal_logits_are_nothing_and_of_known_ones_are_known() -> No
     assert far["ppl_reference"] == pytest.approx((0.5 * 0.9) ** -0.5)
     assert far["tokens_clear"] == 1
     assert far["top1_clear"] == 0.0
+
+
+def test_spread_counts_every_position_once_between_its_edges() -> None:
+    logits = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1]], dtype=np.float32))
+    other = np.log(np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]], dtype=np.float32))
+    distance = compare(logits, other, [0, 1, 0])
+    seen = spread([distance, distance])
+    assert len(seen.counts) == len(KLD_EDGES) + 1
+    assert sum(seen.counts) == 6
+    assert seen.counts[0] == 4  # nothing, or float32's noise of it
+    [i] = [i for i, n in enumerate(seen.counts) if n == 2]
+    assert KLD_EDGES[i - 1] < distance.kld[1] <= KLD_EDGES[i]
+    assert seen.quantiles[KLD_QUANTILES.index(0.99)] == pytest.approx(distance.kld[1])
 
 
 def test_shape_with_tied_embeddings_and_deep_layers_passes(

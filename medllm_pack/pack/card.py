@@ -114,7 +114,8 @@ def _parity(parity: Document) -> Iterator[str]:
         yield f"| {variant['quant']} | {' | '.join(figures)} | {_verdict(variant)} |"
     yield (
         "\nThis says that the files hold the model, not that the model is right: nothing here "
-        "measures clinical validity. Every check is in `parity.json`.\n"
+        "measures clinical validity. Every check is in `parity.json`; `parity.html` shows and "
+        "explains it.\n"
     )
 
 
