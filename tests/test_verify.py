@@ -327,6 +327,18 @@ def test_a_failed_parity_is_a_no(pack: Path, capsys: pytest.CaptureFixture[str])
     assert "parity     NO" in said
 
 
+def test_papers_that_contradict_pack_json_are_a_no_from_the_same_version_only(
+    pack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pack / "provenance.json").write_text("{}\n")
+    packs.reseal(pack)
+    code, said = verify(capsys, pack)
+    assert (code, "papers     NO" in said) == (3, True)
+    packs.change(pack, lambda content: content["tools"].update({"medllm-pack": "0.0.1"}))
+    code, said = verify(capsys, pack)
+    assert (code, "made by version '0.0.1'" in said) == (0, True)
+
+
 def test_a_gguf_file_is_checked_against_the_sums_beside_it(
     pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import medllm_pack
 from medllm_pack.errors import CheckFailedError, GGUFError, MedllmError, SourceError, shown
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import integrity, manifest, papers
@@ -174,10 +175,17 @@ def of_papers(
     """Return the checks that need the papers alone, wherever the weights are."""
     licence = (reason.text for reason in gate.licence_reasons(folder, document))
     return [
-        all_of("papers", _paper_faults(folder, document), "what derives from pack.json does"),
+        _papers(folder, document),
         all_of("licence", licence, f"{shown(document['license']['id'])}: its duties are fulfilled"),
         parity_check(document, variants),
     ]
+
+
+def _papers(folder: Path, document: manifest.Document) -> Check:
+    made_by = document["tools"].get("medllm-pack")
+    if made_by != medllm_pack.__version__:  # it may have worded them otherwise
+        return Check("papers", None, f"made by version {shown(made_by)}, this is another")
+    return all_of("papers", _paper_faults(folder, document), "what derives from pack.json does")
 
 
 def _paper_faults(folder: Path, document: manifest.Document) -> Iterable[str]:
