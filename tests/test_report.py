@@ -260,6 +260,7 @@ def test_numbers_are_written_as_the_language_does() -> None:
     assert pt.limit("<= 0.11") == "≤ 0,11"
     assert en.limit("= 32 pairs") == "= 32 pairs"
     assert pt.limit("= 0 differ") == "= 0 diferenças"
+    assert pt.limit("= 1") == "= 1"
 
 
 def test_markup_escapes_what_is_not_markup() -> None:

@@ -72,7 +72,7 @@ class Words:
             return f"{'≤' if sign == '<=' else '≥'} {self._localized(rest)}"
         if sign == "=":
             amount, _, what = rest.partition(" ")
-            return f"= {amount} {self.named('limit_words', what)}"
+            return f"= {amount} {self.named('limit_words', what)}".rstrip()
         return self._localized(self.named("limit_words", text))
 
     def _localized(self, number: str) -> str:
