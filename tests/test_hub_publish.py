@@ -433,6 +433,18 @@ def test_cut_off_at_any_request_the_branch_is_old_or_whole(
     assert cut > 8
 
 
+def test_a_refusal_by_the_hub_is_not_taken_for_a_fault_of_xet(
+    server: FakeHub, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    server.repository(REPO).commit({"a": b"a"})
+    server.read_only = {TOKEN}
+    report = Recorded()
+    with pytest.raises(TransferError, match="may not write"):
+        publish(report=report)
+    assert report.notices == []
+
+
 # --- processes
 
 

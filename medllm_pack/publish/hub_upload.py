@@ -32,6 +32,10 @@ _ANSWER_S: Final = 300.0  # the library would wait for ever; storage may take a 
 _LOOK_S: Final = 0.2
 
 
+class _XetError(TransferError):
+    """The xet library failed, with an answer of nobody; LFS may still work."""
+
+
 @contextmanager
 def library() -> Iterator[None]:
     """Keep the Hub library from printing, and give its requests an end."""
@@ -83,7 +87,7 @@ def translated(address: Address) -> Iterator[None]:
             if isinstance(cause, network_error()):
                 raise _unreachable(address, told(cause)) from error
         if isinstance(error, OSError | RuntimeError):  # hf_xet
-            raise _unreachable(address, told(error)) from error
+            raise _XetError(str(_unreachable(address, told(error)))) from error
         if isinstance(error, ValueError | KeyError | TypeError):
             raise TransferError(
                 f"what answers at {address.host} does not answer as the Hub does; check "
@@ -156,7 +160,7 @@ class Upload:
     def _sent(self, name: str, blob: Blob) -> CommitOperationAdd:
         try:
             operation, found = self._send(name, blob)
-        except TransferError:
+        except _XetError:
             if not _leave_xet():
                 raise
             self.report.notice("the Hub's xet storage is out of reach; sending by LFS instead")
