@@ -23,6 +23,7 @@ from medllm_pack.ollama import gojson
 from medllm_pack.ollama.create import Creation, human_number
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.modelfile import Modelfile, render
+from medllm_pack.pack import sums
 from medllm_pack.publish import papers
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import Release
@@ -313,12 +314,12 @@ HOSTILE = (
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_no_hostile_name_becomes_a_file(name: str) -> None:
     with pytest.raises(SourceError):
-        papers.checked_name(name, of="a test")
+        sums.checked_name(name, of="a test")
     layer = {"annotations": {papers.TITLE: name}, "digest": "sha256:" + "0" * 64}
     with pytest.raises(SourceError):
         papers.names_of(json.dumps({"layers": [layer]}).encode())
     with pytest.raises(SourceError):
-        papers.read_sums(f"{'0' * 64}  {name}\n".encode("utf-8", "surrogatepass"), of="sums")
+        sums.parse_sums(f"{'0' * 64}  {name}\n".encode("utf-8", "surrogatepass"), of="sums")
 
 
 ZEROS, ONES = "0" * 64, "1" * 64
@@ -331,7 +332,7 @@ ZEROS, ONES = "0" * 64, "1" * 64
 )  # fmt: skip
 def test_sums_are_read_strictly(text: str) -> None:
     with pytest.raises(SourceError):
-        papers.read_sums(text.encode(), of="sums")
+        sums.parse_sums(text.encode(), of="sums")
 
 
 def test_titles_that_differ_in_case_only_are_refused() -> None:

@@ -109,3 +109,11 @@ def test_document_that_is_not_understood_is_refused_and_nothing_changes(
     with pytest.raises(SourceError, match=said):
         papers.update(pack, document, {"more.txt": ""})
     assert contents(pack) == before
+
+
+def test_damaged_sums_are_refused_and_nothing_changes(pack: Path) -> None:
+    (pack / "SHA256SUMS").write_bytes(b"\xff\n")
+    before = contents(pack)
+    with pytest.raises(SourceError, match="line 1 of SHA256SUMS"):
+        papers.update(pack, read_manifest(pack), {"more.txt": ""})
+    assert contents(pack) == before

@@ -10,7 +10,6 @@ Memory: a buffer. Every byte of what is asked for is read.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,13 +20,11 @@ from typing import Any
 from gguf import Keys
 
 from medllm_pack import files
-from medllm_pack.errors import GGUFError, SourceError, shown
+from medllm_pack.errors import GGUFError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.pack import manifest
-from medllm_pack.pack.papers import SIGNATURE, SUMS
+from medllm_pack.pack.sums import BESIDE, SUMS
 from medllm_pack.progress import Reporter
-
-_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9._+\-]{0,199})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,6 @@ class Identity:
         return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 as SHA256SUMS has it.
-
-    Raises:
-        SourceError: if it is missing, or a line is not a digest and a plain name.
-    """
-    sums: dict[str, str] = {}
-    data = files.read_small(folder / SUMS)
-    lines = data.split(b"\n")
-    if lines.pop() != b"":
-        raise SourceError(f"{SUMS} does not end with a line break; it is damaged")
-    for number, line in enumerate(lines, start=1):
-        match = _LINE.fullmatch(line.decode("utf-8", "replace"))
-        if match is None or match[2] in sums or match[2] in (SUMS, SIGNATURE):
-            raise SourceError(f"line {number} of {SUMS} is not a digest and a new plain name")
-        sums[match[2]] = match[1]
-    return sums
-
-
 def listing_faults(
     folder: Path, names: Collection[str], *, spared: Collection[str] = ()
 ) -> Iterator[str]:
@@ -88,7 +66,7 @@ def listing_faults(
     for name in sorted(set(names) - set(present) - set(spared)):
         yield f"{name} is missing"
     for name, entry in sorted(present.items()):
-        if name in (SUMS, SIGNATURE) or name in names:
+        if name in BESIDE or name in names:
             if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
                 yield f"{shown(name)} is not a regular file"
         else:

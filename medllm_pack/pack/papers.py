@@ -18,9 +18,7 @@ from medllm_pack.errors import SourceError
 from medllm_pack.pack import bom, card, manifest, provenance
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.plan import Plan
-
-SUMS = "SHA256SUMS"
-SIGNATURE = "model.sig"
+from medllm_pack.pack.sums import SIGNATURE, SUMS, read_sums, text_of
 
 
 def derived(document: Document) -> dict[str, str]:
@@ -54,7 +52,7 @@ def write(plan: Plan, folder: Path, document: Document, digests: Mapping[str, st
     for name, text in texts.items():
         files.write_text(folder / name, text)
     sums = {name: files.sha256(folder / name) for name in texts}
-    files.write_text(folder / SUMS, _lines(sums | dict(digests)))
+    files.write_text(folder / SUMS, text_of(sums | dict(digests)))
 
 
 def update(folder: Path, document: Document, more: Mapping[str, str]) -> None:
@@ -74,14 +72,13 @@ def update(folder: Path, document: Document, more: Mapping[str, str]) -> None:
         WriteError: if the disk says no.
     """
     texts = dict(more) | derived(document)
-    lines = files.read_small(folder / SUMS).decode("utf-8").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    sums = read_sums(folder)
     with files.translated(folder / SIGNATURE):
         (folder / SIGNATURE).unlink(missing_ok=True)
     for name, text in texts.items():
         _replace(folder / name, text)
     sums |= {name: files.sha256(folder / name) for name in texts}
-    _replace(folder / SUMS, _lines(sums))
+    _replace(folder / SUMS, text_of(sums))
 
 
 def _of_the_license(plan: Plan) -> dict[str, str]:
@@ -89,10 +86,6 @@ def _of_the_license(plan: Plan) -> dict[str, str]:
     if plan.recipe.license.notice:
         texts["NOTICE"] = plan.recipe.license.notice + "\n"
     return texts
-
-
-def _lines(sums: Mapping[str, str]) -> str:
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def _replace(path: Path, content: str) -> None:

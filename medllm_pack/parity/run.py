@@ -28,6 +28,7 @@ from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.ollama.server import Server
 from medllm_pack.pack import papers
 from medllm_pack.pack.manifest import Document, read_manifest
+from medllm_pack.pack.sums import SIGNATURE
 from medllm_pack.parity import limits, record, worker
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
 from medllm_pack.parity.measures import Spread
@@ -147,8 +148,8 @@ def check_pack(
     with TemporaryDirectory(prefix="medllm-parity-") as temporary:
         ladder.climb(climbs, texts, Path(temporary))
     verdicts = tuple(climb.verdict for climb in climbs)
-    if (folder / papers.SIGNATURE).exists():
-        report.notice(f"{papers.SIGNATURE} is removed, since it cannot hold for the verdict; "
+    if (folder / SIGNATURE).exists():
+        report.notice(f"{SIGNATURE} is removed, since it cannot hold for the verdict; "
                       "sign the pack again")  # fmt: skip
     record.write(folder, manifest, texts, verdicts)
     return Result(folder, texts, verdicts, record.describe(texts, verdicts))

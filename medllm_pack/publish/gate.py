@@ -20,6 +20,7 @@ from medllm_pack.pack import integrity
 from medllm_pack.pack.integrity import Identity
 from medllm_pack.pack.manifest import NAME, Document
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import licences
 
@@ -225,7 +226,7 @@ def _faults(
 ) -> Iterator[str]:
     """Yield what is not as it was built; weights of other variants may be absent."""
     try:
-        sums = integrity.read_sums(folder)
+        sums = read_sums(folder)
     except MedllmError as error:
         yield str(error)
         return

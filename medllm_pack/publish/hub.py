@@ -24,10 +24,11 @@ from medllm_pack.errors import (
 )
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.pack.sums import SIGNATURE, checked_name
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.hub_upload import Upload, library, translated
-from medllm_pack.publish.papers import checked_name, is_pack, names_of
+from medllm_pack.publish.papers import is_pack, names_of
 from medllm_pack.publish.release import Release
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Address, Patience
@@ -37,7 +38,7 @@ from medllm_pack.weights.needed import listed
 
 PACK_JSON: Final = "pack.json"
 # A signature over another pack would make this one look forged.
-_STALE: Final = ("model.sig",)
+_STALE: Final = (SIGNATURE,)
 _MISSING: Final = ("RepositoryNotFoundError", "RevisionNotFoundError")
 # What the Hub hands to Ollama beside the GGUF file: hub documentation, "Use Ollama with any GGUF
 # Model on Hugging Face Hub". The bytes are those of Ollama's own layers.

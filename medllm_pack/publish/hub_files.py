@@ -18,8 +18,8 @@ from medllm_pack.ollama.image import Blob
 from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import SUMS, parse_sums
 from medllm_pack.progress import Reporter
-from medllm_pack.publish.papers import SUMS, read_sums
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Address, Patience
 from medllm_pack.weights.cache import Cache, Item
@@ -92,7 +92,7 @@ class HubFiles:
                 "`hf download` fetches any repository"
             )
         paths = self.bring([PACK_JSON, SUMS])
-        sums = read_sums(files.read_small(paths[SUMS]), of=f"{SUMS} of {self.address.name}")
+        sums = parse_sums(files.read_small(paths[SUMS]), of=f"{SUMS} of {self.address.name}")
         checked(PACK_JSON, paths[PACK_JSON], sums.get(PACK_JSON))
         return read_pack(self._cache.snapshot(self.commit)), sums
 

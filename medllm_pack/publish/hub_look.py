@@ -13,9 +13,9 @@ from medllm_pack.errors import SourceError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_header
 from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
+from medllm_pack.pack.sums import SUMS
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.hub_files import HubFiles
-from medllm_pack.publish.papers import SUMS
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Patience
 from medllm_pack.weights.ranges import RemoteFile

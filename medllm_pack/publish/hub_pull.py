@@ -13,21 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, UsageError
 from medllm_pack.ollama.placing import place
 from medllm_pack.pack.manifest import Document
+from medllm_pack.pack.sums import BESIDE, SUMS
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.hub_files import HubFiles, checked
 from medllm_pack.publish.make import chosen
-from medllm_pack.publish.papers import SUMS
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Patience
-
-# What no sum can be of: the sums themselves, and a signature over all files.
-_BESIDE: Final = (SUMS, "model.sig")
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def pull_from_hub(
     document, sums = hub.manifest()
     variants = _present(chosen(document, quants), hub, asked=bool(quants))
     everywhere = {variant["file"] for variant in document["variants"]}
-    papers = [n for n in (*sums, *_BESIDE) if n not in everywhere and (n in sums or hub.has(n))]
+    papers = [n for n in (*sums, *BESIDE) if n not in everywhere and (n in sums or hub.has(n))]
     hub.require([*papers, *(variant["file"] for variant in variants)])
     for variant in variants:
         hub.check_stated(variant, sums)

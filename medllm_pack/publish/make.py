@@ -18,6 +18,7 @@ from medllm_pack.ollama.create import Creation, image_of
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.pack.manifest import Document, read_manifest
+from medllm_pack.pack.sums import SUMS, checked_name
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import papers
 from medllm_pack.publish.release import Release, Tagged
@@ -92,14 +93,14 @@ def creation_of(folder: Path, entry: Document) -> Creation:
         SourceError: if the Modelfile is missing.
         ModelfileError: if it is not one that this package wrote.
     """
-    name = papers.checked_name(entry["modelfile"], of="pack.json")
+    name = checked_name(entry["modelfile"], of="pack.json")
     return _parsed(files.read_small(folder / name), name)
 
 
 def _creation(entry: Document, found: Mapping[str, Blob]) -> Creation:
-    name = papers.checked_name(entry["modelfile"], of="pack.json")
+    name = checked_name(entry["modelfile"], of="pack.json")
     if name not in found:
-        raise SourceError(f"{papers.SUMS} does not list {shown(name)}; build the pack again")
+        raise SourceError(f"{SUMS} does not list {shown(name)}; build the pack again")
     with found[name].open() as file:
         creation = _parsed(file.read(), name)
     if creation.file != entry["file"]:
@@ -118,10 +119,10 @@ def _weights_digest(
     folder: Path, entry: Document, sums: Mapping[str, Digest], *, report: Reporter
 ) -> Digest:
     """Return the digest of a variant's file; computed only where the pack does not prove it."""
-    name = papers.checked_name(entry["file"], of="pack.json")
+    name = checked_name(entry["file"], of="pack.json")
     stated = Digest(entry["sha256"])
     if sums.get(name) != stated:
-        raise SourceError(f"pack.json and {papers.SUMS} do not agree on {name}; build again")
+        raise SourceError(f"pack.json and {SUMS} do not agree on {name}; build again")
     try:
         status = os.stat(folder / name)
     except OSError as error:
@@ -132,7 +133,7 @@ def _weights_digest(
         raise SourceError(
             f"{name} has {status.st_size} bytes, pack.json says {entry['size']}; build again"
         )
-    if status.st_mtime_ns > os.stat(folder / papers.SUMS).st_mtime_ns:
+    if status.st_mtime_ns > os.stat(folder / SUMS).st_mtime_ns:
         _digest_again(folder / name, stated, size=status.st_size, report=report)
     return stated
 

@@ -2,13 +2,12 @@
 
 An attached manifest is an OCI artifact whose subject is the image, with one layer a file; the
 file's name is its annotation ``org.opencontainers.image.title``. Names from outside are checked
-here before anything becomes a path. Knows nothing of registries or archives.
+before anything becomes a path. Knows nothing of registries or archives.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +17,9 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.ollama import gojson
 from medllm_pack.ollama.image import Blob, Image
-from medllm_pack.pack.papers import SIGNATURE
+from medllm_pack.pack.sums import BESIDE, SIGNATURE, SUMS, checked_name, parse_sums
 from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT
 
-SUMS: Final = "SHA256SUMS"
-# What cannot be in SHA256SUMS: itself, and a signature over all files.
-_BESIDE: Final = (SUMS, SIGNATURE)
 TITLE: Final = "org.opencontainers.image.title"
 # image-spec, manifest.md, "guidance for an empty descriptor".
 _EMPTY: Final = Blob.of(b"{}", "application/vnd.oci.empty.v1+json")
@@ -35,48 +31,6 @@ _MEDIA_TYPES: Final[Mapping[str, str]] = {
     ".md": "text/markdown",
 }
 _OTHERS: Final = "text/plain"
-
-# One path component that every file system takes: the names that packs have, and no others.
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+\-]{0,127}", re.ASCII)
-_DEVICES: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_SUM: Final = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n", re.ASCII)
-
-
-def checked_name(name: object, *, of: str) -> str:
-    """Return a file name that may be joined to a folder.
-
-    Args:
-        name: text from outside.
-        of: what it is the name of, for the message.
-
-    Raises:
-        SourceError: if it is not one plain component.
-    """
-    if (
-        not isinstance(name, str)
-        or not _NAME.fullmatch(name)
-        or _DEVICES.fullmatch(name)
-        or name.endswith(".")
-    ):
-        raise SourceError(
-            f"{of} names a file {shown(name)}; only plain names of ASCII letters, digits, '.', "
-            "'_', '+' and '-' are accepted"
-        )
-    return name
-
-
-def read_sums(data: bytes, *, of: str) -> dict[str, Digest]:
-    """Return name -> digest of a SHA256SUMS file; ``of`` names it in messages.
-
-    Raises:
-        SourceError: if a line is not one that this package writes, or a name stands twice.
-    """
-    text = data.decode("utf-8", "replace")
-    lines = _SUM.findall(text)
-    sums = {checked_name(name, of=of): Digest(hex_) for hex_, name in lines}
-    if len(sums) != len(lines) or "".join(f"{h}  {n}\n" for h, n in lines) != text:
-        raise SourceError(f"{of} has a line that is not '<64 hex>  NAME', or a name twice")
-    return sums
 
 
 def read_papers(
@@ -92,8 +46,8 @@ def read_papers(
         SourceError: if a paper is missing or was changed.
     """
     place = f"{SUMS} in {shown(folder)}"
-    sums = read_sums(files.read_small(folder / SUMS), of=place)
-    beside = [name for name in _BESIDE if (folder / name).exists()]
+    sums = parse_sums(files.read_small(folder / SUMS), of=place)
+    beside = [name for name in BESIDE if (folder / name).exists()]
     papers: dict[str, Blob] = {}
     for name in sorted({*sums, *beside} - set(weights)):
         blob = Blob.of(files.read_small(folder / name), media_type(name))

@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from medllm_pack.errors import PlanError, SourceError, UsageError, shown
-from medllm_pack.pack.integrity import read_sums
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish.verify import Check
 from medllm_pack.recipe import Recipe

@@ -20,9 +20,10 @@ from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.modelfile import PARAMETERS, Modelfile, render
 from medllm_pack.ollama.placing import place
 from medllm_pack.pack.manifest import NAME as PACK_JSON
+from medllm_pack.pack.sums import SUMS, checked_name, parse_sums, text_of
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
-from medllm_pack.publish.papers import SUMS, checked_name, is_pack, names_of, read_sums
+from medllm_pack.publish.papers import is_pack, names_of
 from medllm_pack.publish.release import Release, Tagged
 
 NOTE: Final = "pulled.json"
@@ -96,7 +97,7 @@ def _papers(release: Release) -> dict[str, bytes] | None:
 
 
 def _check_sums(papers: Mapping[str, bytes]) -> None:
-    sums = read_sums(papers[SUMS], of=SUMS)
+    sums = parse_sums(papers[SUMS], of=SUMS)
     for name, data in papers.items():
         if name in sums and sums[name] != Digest.of(data):
             raise SourceError(f"{name} is not what {SUMS} says; the pack was changed")
@@ -115,7 +116,7 @@ def _weights_names(release: Release, papers: Mapping[str, bytes] | None) -> dict
 
 def _pack_name(tagged: Tagged, papers: Mapping[str, bytes]) -> str:
     digest = read.weights_of(tagged.image).digest
-    sums = read_sums(papers[SUMS], of=SUMS)
+    sums = parse_sums(papers[SUMS], of=SUMS)
     try:
         document: Any = json.loads(papers[PACK_JSON])
         named = [v["file"] for v in document["variants"] if v["sha256"] == digest.hex]
@@ -152,10 +153,9 @@ def _made_papers(weights: Mapping[str, Tagged], *, report: Reporter) -> dict[str
         "note": "made by others: no pack.json, licence papers or parity came with these weights",
     }
     papers[NOTE] = files.canonical_json(note).encode()
-    sums = {name: Digest.of(data) for name, data in papers.items()}
-    sums |= {name: read.weights_of(tagged.image).digest for name, tagged in weights.items()}
-    lines = (f"{digest.hex}  {name}\n" for name, digest in sorted(sums.items()))
-    return papers | {SUMS: "".join(lines).encode()}
+    sums = {name: Digest.of(data).hex for name, data in papers.items()}
+    sums |= {name: read.weights_of(tagged.image).digest.hex for name, tagged in weights.items()}
+    return papers | {SUMS: text_of(sums).encode()}
 
 
 def _modelfile(name: str, tagged: Tagged) -> str:

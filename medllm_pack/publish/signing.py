@@ -16,8 +16,8 @@ from typing import Any
 from medllm_pack import files
 from medllm_pack.errors import CheckFailedError, SourceError, UsageError, shown
 from medllm_pack.pack import integrity
-from medllm_pack.pack.papers import SIGNATURE
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import SIGNATURE, read_sums
 from medllm_pack.progress import Reporter
 
 _EXTRA = "signing needs more packages: pip install 'medllm-pack[sign]'"
@@ -114,7 +114,7 @@ def _hashing() -> Any:
 
 def _require_whole(folder: Path, report: Reporter) -> None:
     try:
-        sums = integrity.read_sums(folder)
+        sums = read_sums(folder)
     except SourceError as error:
         raise CheckFailedError(f"{error}; it was not signed") from error
     faults = [*integrity.listing_faults(folder, sums),

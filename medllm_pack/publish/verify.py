@@ -17,6 +17,7 @@ from medllm_pack.errors import CheckFailedError, GGUFError, MedllmError, SourceE
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import integrity, manifest, papers
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import SIGNATURE, SUMS, read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import gate, signing
 
@@ -85,11 +86,11 @@ def verify_pack(
         SourceError: if the folder is no pack at all.
         UsageError: if the key cannot be read.
     """
-    if not any((folder / name).exists() for name in (manifest.NAME, papers.SUMS)):
+    if not any((folder / name).exists() for name in (manifest.NAME, SUMS)):
         raise SourceError(f"{shown(folder)} is no pack: there is no {manifest.NAME} in it")
     checks: list[Check] = []
     document = _attempt(checks, "pack.json", lambda: read_pack(folder))
-    sums = _attempt(checks, "sums", lambda: integrity.read_sums(folder))
+    sums = _attempt(checks, "sums", lambda: read_sums(folder))
     variants = gate.chosen(document, quants) if document is not None else ()
     if sums is not None:
         spared = _weights(document) - {v["file"] for v in variants} if document else set()
@@ -114,12 +115,12 @@ def verify_gguf(path: Path, *, report: Reporter) -> Verified:
         checks = [Check("header", True, f"{len(header.tensors)} tensors, no gap and no rest")]
     except GGUFError as error:
         checks = [Check("header", False, str(error))]
-    if not (path.parent / papers.SUMS).exists():
-        checks.append(Check("digest", None, f"there is no {papers.SUMS} beside the file"))
+    if not (path.parent / SUMS).exists():
+        checks.append(Check("digest", None, f"there is no {SUMS} beside the file"))
         return Verified(str(path), tuple(checks))
-    sums = _attempt(checks, "sums", lambda: integrity.read_sums(path.parent))
+    sums = _attempt(checks, "sums", lambda: read_sums(path.parent))
     if sums is not None and path.name not in sums:
-        checks.append(Check("digest", False, f"{papers.SUMS} does not name {path.name}"))
+        checks.append(Check("digest", False, f"{SUMS} does not name {path.name}"))
     elif sums is not None:
         faults = integrity.digest_faults(path.parent, {path.name: sums[path.name]}, report=report)
         checks.append(all_of("digest", faults, f"SHA-256 {sums[path.name]}"))
@@ -216,8 +217,8 @@ def _signature(folder: Path, key: Path | None) -> Check:
     if key is not None:
         fault = signing.check_signature(folder, key=key)
         return Check(name, fault is None, fault or f"made with the key of {key.name}")
-    if (folder / papers.SIGNATURE).exists():
-        return Check(name, None, f"there is a {papers.SIGNATURE}; --key PUB checks it")
+    if (folder / SIGNATURE).exists():
+        return Check(name, None, f"there is a {SIGNATURE}; --key PUB checks it")
     return Check(name, None, "the pack is not signed")
 
 

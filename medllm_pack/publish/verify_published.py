@@ -15,9 +15,10 @@ from medllm_pack.errors import SourceError
 from medllm_pack.gguf.reader import GGUFFile, read_header
 from medllm_pack.pack import integrity, manifest
 from medllm_pack.pack.shape import read_pack
+from medllm_pack.pack.sums import checked_name, read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import read
-from medllm_pack.publish.papers import checked_name, names_of
+from medllm_pack.publish.papers import names_of
 from medllm_pack.publish.targets import HubTarget, RegistryTarget
 from medllm_pack.publish.verify import Check, Verified, all_of, of_papers, parity_check
 
@@ -86,7 +87,7 @@ def verify_hub(
 
 
 def _papers(folder: Path, report: Reporter) -> list[Check]:
-    sums = integrity.read_sums(folder)
+    sums = read_sums(folder)
     document = read_pack(folder)
     weights = {variant["file"] for variant in document["variants"]}
     papers = {name: digest for name, digest in sums.items() if name not in weights}
