@@ -98,6 +98,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MEDLLM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

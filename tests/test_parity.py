@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor
 from typer.testing import CliRunner
 
 from medllm_pack.cli.parity import parity
@@ -558,13 +559,25 @@ def test_users_texts_appear_nowhere(
     ended = invoke(pack, inputs, "--texts", str(tmp_path / "own.txt"), "-v")
     assert isinstance(ended.exception, CheckFailedError)
     assert list(temporary.iterdir()) == []
+    assert not (tmp_path / "cache").exists()
     said = f"{ended.output}{ended.exception}".encode()
-    written = b"".join(path.read_bytes() for path in pack.iterdir())
+    everywhere = (path for path in tmp_path.rglob("*") if path.is_file())
+    written = b"".join(path.read_bytes() for path in everywhere if path.name != "own.txt")
+    for form in ids_of(inputs, canary):
+        assert form not in said + written
     for word in ("Zulmira", "Quixabeira", "7734599210", "canários"):
         for form in forms(word):
             assert form not in said + written
     texts = json.loads((pack / "parity.json").read_text(encoding="utf-8"))["texts"]
     assert texts == {"name": "user", "count": 2, "sha256": None}
+
+
+def ids_of(inputs: Sources, text: str) -> list[bytes]:
+    """Return ids from the middle of a text, as numbers in the usual widths and as JSON."""
+    pieces = SentencePieceProcessor(model_file=str(Path(inputs.base or "") / "tokenizer.model"))
+    ids = pieces.encode(text)[4:14]
+    binary = [np.array(ids, dtype=kind).tobytes() for kind in ("<u2", "<i4", "<i8")]
+    return [*binary, json.dumps(ids).encode(), " ".join(map(str, ids)).encode()]
 
 
 def forms(word: str) -> list[bytes]:

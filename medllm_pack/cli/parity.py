@@ -56,6 +56,9 @@ def parity(
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, metavar="N", help="of llama.cpp; all processors")
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="compute the reference anew and keep nothing of it")
+    ] = False,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
     verbose: o.VerboseOpt = False,
@@ -64,6 +67,7 @@ def parity(
     from medllm_pack.parity.original import Sources, require_extra
 
     require_extra()
+    from medllm_pack.parity import cache
     from medllm_pack.parity.run import NOTES, check_pack
     from medllm_pack.parity.runtime import Runtime, layers
     from medllm_pack.parity.texts import read_texts
@@ -75,7 +79,13 @@ def parity(
     sources = Sources(base, adapter, merged)
     with output.reporter() as report:
         result = check_pack(
-            pack, texts=own, sources=sources, runtime=runtime, ollama=ollama, report=report
+            pack,
+            texts=own,
+            sources=sources,
+            runtime=runtime,
+            ollama=ollama,
+            cache=None if no_cache else cache.folder(),
+            report=report,
         )
     output.result(result.document, lambda: _show(output, result))
     result.raise_if_failed()

@@ -10,6 +10,7 @@ Memory: what the reference needs. Disk: the logits of all texts, twice, in a tem
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from medllm_pack.pack import papers
 from medllm_pack.pack.manifest import Document, read_manifest
 from medllm_pack.pack.sums import SIGNATURE
 from medllm_pack.parity import limits, record, worker
+from medllm_pack.parity.cache import Cache, model_key
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
 from medllm_pack.parity.measures import Spread
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
@@ -119,6 +121,7 @@ def check_pack(
     sources: Sources | None = None,
     runtime: Runtime | None = None,
     ollama: str | None = None,
+    cache: Path | None = None,
     report: Reporter,
 ) -> Result:
     """Check every variant of a pack against the model it was made from.
@@ -129,6 +132,7 @@ def check_pack(
         sources: where base, adapter or merged weights are now, if not where pack.json says.
         runtime: how llama.cpp is run; all processors of this process if None.
         ollama: a model on an Ollama server that is checked, too.
+        cache: folder where the reference's logits are kept; not for texts of a user.
         report: listener.
 
     Raises:
@@ -145,7 +149,10 @@ def check_pack(
     original = find_original(manifest, sources or Sources(), report=report)
     ladder = _Ladder(original, runtime, served, manifest, report)
     texts = texts or shipped_texts(count=NOTES)
-    with TemporaryDirectory(prefix="medllm-parity-") as temporary:
+    with TemporaryDirectory(prefix="medllm-parity-") as temporary, ExitStack() as stack:
+        if cache is not None and texts.sha256 is not None:  # what users wrote leaves no trace
+            ladder.cache = Cache(cache, model_key(manifest))
+            stack.enter_context(ladder.cache.used())
         ladder.climb(climbs, texts, Path(temporary))
     verdicts = tuple(climb.verdict for climb in climbs)
     if (folder / SIGNATURE).exists():
@@ -176,6 +183,7 @@ class _Ladder:
         self.original, self.runtime, self.report = original, runtime, report
         self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)
+        self.cache: Cache | None = None
 
     def climb(self, climbs: Sequence[_Climb], texts: Texts, temporary: Path) -> None:
         sequences = [self.tokenizer.encode(note)[: self.runtime.ctx] for note in texts.notes]
@@ -187,12 +195,20 @@ class _Ladder:
             self._let_write(climb, sequences)
         written = [w for climb in sound for w in climb.written]
         everything = [*sequences, *(w.whole for w in written)]
-        reference = compute_logits(self.original, everything, folder=temporary, report=self.report)
+        reference = self._refer(everything, temporary)
         ends = iter(reference[len(sequences) :])
         for climb in sound:
             self._compare_logits(climb, sequences, reference[: len(sequences)], temporary)
             self._compare_writing(climb, [next(ends) for _ in climb.written])
             self._compare_served(climb)
+
+    def _refer(self, sequences: Sequence[Sequence[int]], temporary: Path) -> list[Path]:
+        """Return the reference's logits, from the cache where it has them."""
+
+        def compute(missing: Sequence[Sequence[int]]) -> list[Path]:
+            return compute_logits(self.original, missing, folder=temporary, report=self.report)
+
+        return self.cache.logits(sequences, compute) if self.cache else compute(sequences)
 
     def _look_at_file(self, climb: _Climb) -> None:
         self.report.step(f"digest of {climb.path.name}")
