@@ -76,6 +76,8 @@ def test_there_and_back_and_a_look_between(
 
     pulled = json.loads(run("pull", TARGET, "--out", tmp_path / "back", "--json").stdout)
     assert pulled["commit"] == again["commit"] == look["commit"]
+    assert pulled["overrides"] == ["parity-missing"]
+    assert "in spite of parity-missing" in run("verify", TARGET).stdout
     back = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
     assert back == {path.name: path.read_bytes() for path in built_pack.iterdir()}
 

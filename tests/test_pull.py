@@ -47,8 +47,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_pulled_variant_is_the_packs_byte_for_byte(
     published: Registry, pack: Path, tmp_path: Path
 ) -> None:
-    digest = pull(published.target("ns/tiny", "7b-q4_k_m"), tmp_path / "out", access=ACCESS)
-    assert digest == make_release(pack, quants=["q4_k_m"]).images[0].image.digest
+    pulled = pull(published.target("ns/tiny", "7b-q4_k_m"), tmp_path / "out", access=ACCESS)
+    assert pulled.overrides == ()
+    assert pulled.digest == make_release(pack, quants=["q4_k_m"]).images[0].image.digest
     whole, found = contents(pack), contents(tmp_path / "out")
     assert set(whole) - set(found) == {p.name for p in pack.glob("*F16.gguf")}
     assert all(whole[name] == data for name, data in found.items())

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError
 from medllm_pack.pack import papers
 from medllm_pack.progress import Silent
 from medllm_pack.publish.bundle import write_bundle
 from medllm_pack.publish.make import make_release
+from medllm_pack.publish.publication import overrides_in
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.publish.verify_published import verify_hub
 from tests import pico_packs as packs
@@ -113,3 +115,61 @@ def test_a_repository_of_the_hub_is_checked(pack: Path, tmp_path: Path) -> None:
         assert failed("org/changed") == ["weights f16"]
         with pytest.raises(SourceError, match=r"no pack\.json"):
             failed("org/bare")
+
+
+def test_what_was_accepted_crosses_the_gap_and_is_told(
+    pack: Path, built_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = f"file://{tmp_path / 'b.tar'}"
+    assert run(["publish", str(built_pack), target, "--accept", "parity-missing"], capsys)[0] == 0
+    code, out, _ = run(["pull", target, "--out", "back"], capsys)
+    assert (code, out.splitlines()) == (
+        0, ["back is ready", "published in spite of parity-missing"],
+    )  # fmt: skip
+    names = {path.name for path in Path("back").iterdir()}
+    assert names == {path.name for path in built_pack.iterdir()}
+    code, out, _ = run(["verify", target], capsys)
+    assert code == 0
+    assert "published in spite of parity-missing" in out
+    other = f"file://{tmp_path / 'proven.tar'}"
+    assert run(["publish", str(pack), other, "--accept", "parity-missing"], capsys)[0] == 0
+    assert run(["pull", other, "--out", "proven"], capsys)[1] == "proven is ready\n"
+    assert "nothing was accepted by name" in run(["verify", other], capsys)[1]
+
+
+@pytest.mark.registry
+@needs("docker-registry")
+def test_what_was_accepted_is_told_by_a_registry(
+    built_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with Registry(tmp_path / "registry") as registry:
+        target = f"oci://{registry.host}/ns/m"
+        words = ["publish", str(built_pack), target, "--accept", "parity-missing"]
+        assert run(words, capsys)[0] == 0
+        code, out, _ = run(["pull", f"{target}:7b", "--out", "back"], capsys)
+        assert (code, out.splitlines()[-1]) == (0, "published in spite of parity-missing")
+        assert not Path("back/publication.json").exists()
+        assert "in spite of parity-missing" in run(["verify", f"{target}:7b"], capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"", b"[" * 10_000, b"7", b"{}", b'{"overrides": [{"name": "\\u001b[31m"}]}',
+     b'{"overrides": [{"name": 7}], "pack": {"sha256": "' + b"0" * 64 + b'"}}',
+     b'{"overrides": [{"name": "a\\u001b"}], "pack": {"sha256": "' + b"0" * 64 + b'"}}',
+     b'{"overrides": [], "pack": {"sha256": "0"}}', b'{"overrides": [], "pack": {"sha256": 0}}'],
+)  # fmt: skip
+def test_a_record_that_is_none_is_refused_and_not_shown(record: bytes) -> None:
+    with pytest.raises(SourceError, match=r"^publication\.json cannot be understood") as caught:
+        overrides_in(record, pack=Digest("0" * 64))
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_record_of_another_pack_says_nothing() -> None:
+    said = b'{"overrides": [{"name": "licence-duty:NOTICE"}], "pack": {"sha256": "%s"}}'
+    record = said % (b"0" * 64)
+    assert overrides_in(record, pack=Digest("0" * 64)) == ("licence-duty:NOTICE",)
+    assert overrides_in(record, pack=Digest("1" * 64)) == ()

@@ -71,7 +71,8 @@ def pull(
     from medllm_pack.publish.hub_pull import pull_from_hub
 
     pulled = pull_from_hub(target, out, quants=quants, replace=replace, report=report)
-    return {"commit": pulled.commit, "variants": list(pulled.quants)}
+    overrides = list(pulled.overrides)
+    return {"commit": pulled.commit, "variants": list(pulled.quants), "overrides": overrides}
 
 
 def inspect(text: str, output: Output) -> None:

@@ -102,31 +102,13 @@ def _release(
     pack: Path, quant: str | None, tag: str | None, accept: list[str] | None, report: Reporter
 ) -> Release:
     """Pass the gate and return the release, with a record of what was accepted."""
-    from dataclasses import replace
-
-    from medllm_pack.files import canonical_json
-    from medllm_pack.ollama.image import Blob
     from medllm_pack.publish.gate import check
     from medllm_pack.publish.make import make_release
-    from medllm_pack.publish.papers import attach, media_type
-    from medllm_pack.publish.release import PUBLICATION_ARTIFACT
+    from medllm_pack.publish.publication import recorded
 
     quants = [one.strip().lower() for one in quant.split(",")] if quant else []
     permit = check(pack, quants, accept or (), report=report)
-    release = make_release(pack, quants=quants, tag=tag, report=report)
-    name = "publication.json"
-    record = Blob.of(canonical_json(permit.publication()).encode(), media_type(name))
-    images = (
-        replace(
-            tagged,
-            attached=(
-                *tagged.attached,
-                attach(tagged.image, {name: record}, artifact_type=PUBLICATION_ARTIFACT),
-            ),
-        )
-        for tagged in release.images
-    )
-    return replace(release, images=tuple(images))
+    return recorded(make_release(pack, quants=quants, tag=tag, report=report), permit)
 
 
 def _to_registry(

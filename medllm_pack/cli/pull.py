@@ -54,14 +54,26 @@ def pull(
                 access = r.access(insecure, ca, allow_host, auth_host)
                 from medllm_pack.publish.pull import pull as run_pull
 
-                digest = run_pull(target, out, access=access, replace=force, report=report)
-                document["digest"] = str(digest)
+                pulled = run_pull(target, out, access=access, replace=force, report=report)
+                document |= {"digest": str(pulled.digest), "overrides": list(pulled.overrides)}
             case BundleTarget():
                 from medllm_pack.publish.bundle import read_bundle
+                from medllm_pack.publish.publication import overrides_of
                 from medllm_pack.publish.restore import restore
 
-                restore(read_bundle(target.path, report=report), out, replace=force, report=report)
+                release = read_bundle(target.path, report=report)
+                attached = [image for tagged in release.images for image in tagged.attached]
+                document["overrides"] = list(overrides_of(attached))
+                restore(release, out, replace=force, report=report)
             case HubTarget():
                 quants = quant.split(",") if quant else []
                 document |= hub.pull(target, out, quants=quants, replace=force, report=report)
-    output.result(document, lambda: output.line(f"{out} is ready"))
+    output.result(document, lambda: _show(output, document))
+
+
+def _show(output: Output, document: dict[str, Any]) -> None:
+    from medllm_pack.publish.publication import sentence
+
+    output.line(f"{document['folder']} is ready")
+    if overrides := document["overrides"]:
+        output.line(sentence(overrides))

@@ -20,6 +20,8 @@ from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import SUMS, parse_sums
 from medllm_pack.progress import Reporter
+from medllm_pack.publish.publication import NAME as RECORD
+from medllm_pack.publish.publication import overrides_in
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Address, Patience
 from medllm_pack.weights.cache import Cache, Item
@@ -95,6 +97,17 @@ class HubFiles:
         sums = parse_sums(files.read_small(paths[SUMS]), of=f"{SUMS} of {self.address.name}")
         checked(PACK_JSON, paths[PACK_JSON], sums.get(PACK_JSON))
         return read_pack(self._cache.snapshot(self.commit)), sums
+
+    def overrides(self, sums: Mapping[str, Digest]) -> tuple[str, ...]:
+        """Return what was accepted by name when this pack was published.
+
+        Raises:
+            SourceError: if the record of it cannot be understood.
+        """
+        if RECORD not in self._there or PACK_JSON not in sums:
+            return ()
+        path = self.bring([RECORD])[RECORD]
+        return overrides_in(files.read_small(path), pack=sums[PACK_JSON])
 
     def check_stated(self, variant: Mapping[str, Any], sums: Mapping[str, Digest]) -> None:
         """Raise SourceError if sums, pack.json and the Hub do not state the same weights."""

@@ -6,7 +6,8 @@ A repository that is no pack is shown as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medllm_pack.errors import SourceError, shown
@@ -49,12 +50,14 @@ class HubLook:
         commit: what that stood for.
         document: its pack.json; None if it is no pack.
         files: its GGUF files, by name.
+        overrides: asks what was accepted by name when it was published.
     """
 
     target: HubTarget
     commit: str
     document: Document | None
     files: tuple[HubFile, ...]
+    overrides: Callable[[], tuple[str, ...]] = field(repr=False, compare=False)
 
 
 def look_at_hub(
@@ -82,8 +85,9 @@ def look_at_hub(
     names = [name for name in hub.names if name.lower().endswith(".gguf")]
     if not names:
         raise SourceError(f"{target.repository} holds no GGUF file at {shown(hub.commit[:12])}")
-    document = hub.manifest()[0] if hub.has(PACK_JSON) and hub.has(SUMS) else None
-    return HubLook(target, hub.commit, document, tuple(_look(hub, name) for name in names))
+    document, sums = hub.manifest() if hub.has(PACK_JSON) and hub.has(SUMS) else (None, {})
+    found = tuple(_look(hub, name) for name in names)
+    return HubLook(target, hub.commit, document, found, lambda: hub.overrides(sums))
 
 
 def _look(hub: HubFiles, name: str) -> HubFile:

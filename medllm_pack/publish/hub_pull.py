@@ -35,12 +35,14 @@ class HubPulled:
         commit: the commit that it is from.
         quants: the variants that came along.
         document: its pack.json.
+        overrides: what was accepted by name when it was published.
     """
 
     folder: Path
     commit: str
     quants: tuple[str, ...]
     document: Document
+    overrides: tuple[str, ...]
 
 
 def pull_from_hub(
@@ -82,6 +84,7 @@ def pull_from_hub(
     hub.require([*papers, *(variant["file"] for variant in variants)])
     for variant in variants:
         hub.check_stated(variant, sums)
+    overrides = hub.overrides(sums)
     found = {name: checked(name, path, sums.get(name)) for name, path in hub.bring(papers).items()}
     weights = {v["file"]: hub.weights(v["file"], sums[v["file"]]) for v in variants}
     with files.new_folder(out, replace=replace) as folder, files.translated(out):
@@ -90,7 +93,7 @@ def pull_from_hub(
             place(blob, folder / name, advance=hub.report.advance)
         for name in sorted(found, key=lambda name: name == SUMS):  # SHA256SUMS last
             place(found[name], folder / name, share=False)
-    return HubPulled(out, hub.commit, tuple(v["quant"] for v in variants), document)
+    return HubPulled(out, hub.commit, tuple(v["quant"] for v in variants), document, overrides)
 
 
 def _exists(out: Path) -> UsageError:

@@ -65,7 +65,11 @@ def media_type(name: str) -> str:
 
 
 def attach(
-    image: Image, papers: Mapping[str, Blob], *, artifact_type: str = PACK_ARTIFACT
+    image: Image,
+    papers: Mapping[str, Blob],
+    *,
+    artifact_type: str = PACK_ARTIFACT,
+    annotations: Mapping[str, str] = {},
 ) -> Image:
     """Return the manifest that attaches papers to an image."""
     layers = [
@@ -85,13 +89,20 @@ def attach(
         "layers": layers,
         "subject": subject,
     }
+    if annotations:
+        manifest["annotations"] = gojson.sorted_map(annotations)
     blobs = tuple(paper for _, paper in sorted(papers.items()))
     return Image(OCI_MANIFEST, gojson.encode(manifest), _EMPTY, blobs)
 
 
 def is_pack(attached: Image) -> bool:
     """Say whether an attached manifest holds a pack's papers, and not something else."""
-    return bool(json.loads(attached.manifest).get("artifactType") == PACK_ARTIFACT)
+    return artifact_type(attached) == PACK_ARTIFACT
+
+
+def artifact_type(attached: Image) -> object:
+    """Return what an attached manifest says it holds."""
+    return json.loads(attached.manifest).get("artifactType")
 
 
 def names_of(manifest: bytes) -> dict[str, Digest]:

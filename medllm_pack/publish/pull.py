@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,16 @@ from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.download import fetch_blob, open_remote
-from medllm_pack.publish.papers import is_pack
+from medllm_pack.publish.papers import artifact_type, is_pack
+from medllm_pack.publish.publication import overrides_of
 from medllm_pack.publish.registry import Registry, opened
-from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT, Release
+from medllm_pack.publish.release import OCI_MANIFEST, PACK_ARTIFACT, PUBLICATION_ARTIFACT, Release
 from medllm_pack.publish.restore import restore
 from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.transport import Access
 
 _MOST_PAPERS: Final = 16
+_OURS: Final = (PACK_ARTIFACT, PUBLICATION_ARTIFACT)
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,29 @@ class Head:
 
     Attributes:
         image: the manifest; its blobs are only described.
-        attached: the papers' manifests.
+        attached: the manifests of papers and of the record of publishing.
     """
 
     image: Image
     attached: tuple[Image, ...]
+
+    @property
+    def papers(self) -> tuple[Image, ...]:
+        """The manifests of papers alone."""
+        return tuple(image for image in self.attached if is_pack(image))
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What was brought.
+
+    Attributes:
+        digest: of the manifest.
+        overrides: what was accepted by name when it was published.
+    """
+
+    digest: Digest
+    overrides: tuple[str, ...]
 
 
 def pull(
@@ -53,8 +73,8 @@ def pull(
     access: Access | None = None,
     replace: bool = False,
     report: Reporter | None = None,
-) -> Digest:
-    """Fetch what a reference names into a folder; return the digest of its manifest.
+) -> Pulled:
+    """Fetch what a reference names into a folder.
 
     Raises:
         TransferError: if it is not there, or not what its digests say.
@@ -66,16 +86,27 @@ def pull(
         raise WriteError(f"{shown(out)} exists; --force replaces it, --out writes elsewhere")
     with opened(target, access or Access()) as registry, _work_folder(out) as work:
         found = head(registry)
-        images = (found.image, *found.attached)
-        blobs = {blob.digest: blob for image in images for blob in image.blobs}
-        report.step("fetching", total_bytes=sum(blob.size for blob in blobs.values()))
-        for digest, blob in blobs.items():
-            fetch_blob(registry, digest, blob.size, work / digest.file_name, report.advance)
-        image, *attached = (_at(image, work) for image in images)
+        image, *attached = fetched((found.image, *found.attached), registry, work, report)
+        overrides = overrides_of(attached)
         tagged = read.tagged(image, tags=(target.tag or "latest",), attached=tuple(attached))
         restore(Release((tagged,)), out, replace=replace, report=report)
         shutil.rmtree(work)
-    return found.image.digest
+    return Pulled(found.image.digest, overrides)
+
+
+def fetched(
+    images: Sequence[Image], registry: Registry, folder: Path, report: Reporter
+) -> list[Image]:
+    """Fetch every blob of images into a folder; return them with blobs that are at hand.
+
+    Raises:
+        TransferError: if one is not there, or not what its digest says.
+    """
+    blobs = {blob.digest: blob for image in images for blob in image.blobs}
+    report.step("fetching", total_bytes=sum(blob.size for blob in blobs.values()))
+    for digest, blob in blobs.items():
+        fetch_blob(registry, digest, blob.size, folder / digest.file_name, report.advance)
+    return [_at(image, folder) for image in images]
 
 
 def head(registry: Registry) -> Head:
@@ -116,14 +147,14 @@ def _papers(registry: Registry, image: Image) -> Iterator[Image]:
     if index is None:
         return
     for entry in _entries(index.data):
-        if entry.get("artifactType") != PACK_ARTIFACT or entry.get("mediaType") != OCI_MANIFEST:
+        if entry.get("artifactType") not in _OURS or entry.get("mediaType") != OCI_MANIFEST:
             continue
         digest = Digest.parse(str(entry.get("digest")))
         paper = registry.manifest(str(digest), accept=OCI_MANIFEST)
         if paper is None:
             raise TransferError(f"{registry.target.host} lists the papers {digest} and lacks them")
         made = read.read_image(paper.data, media_type=paper.media_type, locate=_nowhere)
-        if is_pack(made):
+        if artifact_type(made) in _OURS:
             yield made
 
 

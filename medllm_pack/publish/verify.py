@@ -130,6 +130,7 @@ def verify_gguf(path: Path, *, report: Reporter) -> Verified:
 def verify_bundle(path: Path, *, report: Reporter) -> Verified:
     """Check a bundle: its form, every blob, and that its papers speak of its weights."""
     from medllm_pack.publish.bundle import read_bundle
+    from medllm_pack.publish.publication import overrides_of
 
     checks: list[Check] = []
     release = _attempt(checks, "bundle", lambda: read_bundle(path, report=report))
@@ -139,6 +140,9 @@ def verify_bundle(path: Path, *, report: Reporter) -> Verified:
         same = said.get(tagged.quant) == model.digest.hex
         fact = "is the file" if same else "is not the file"
         checks.append(Check(f"weights {tagged.quant}", same, f"{model.digest} {fact} of pack.json"))
+    if release is not None:
+        attached = [image for tagged in release.images for image in tagged.attached]
+        checks.append(publication_check(lambda: overrides_of(attached)))
     return Verified(str(path), tuple(checks))
 
 
@@ -210,6 +214,16 @@ def parity_check(document: manifest.Document, variants: Sequence[manifest.Docume
     if gate.PARITY_MISSING in faults:
         return Check("parity", None, faults[gate.PARITY_MISSING])
     return Check("parity", True, "every variant is the model it was made from")
+
+
+def publication_check(overrides: Callable[[], Iterable[str]]) -> Check:
+    """Return what was accepted by name when something was published: told, not judged."""
+    from medllm_pack.publish.publication import sentence
+
+    try:
+        return Check("publication", None, sentence(overrides()))
+    except MedllmError as error:
+        return Check("publication", False, str(error))
 
 
 def _signature(folder: Path, key: Path | None) -> Check:

@@ -6,6 +6,7 @@ strict reader, the papers are fetched and checked. Only a pull compares every by
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +16,20 @@ from medllm_pack.errors import SourceError
 from medllm_pack.gguf.reader import GGUFFile, read_header
 from medllm_pack.pack import integrity, manifest
 from medllm_pack.pack.shape import read_pack
-from medllm_pack.pack.sums import checked_name, read_sums
+from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.papers import names_of
+from medllm_pack.publish.publication import overrides_of
 from medllm_pack.publish.targets import HubTarget, RegistryTarget
-from medllm_pack.publish.verify import Check, Verified, all_of, of_papers, parity_check
+from medllm_pack.publish.verify import (
+    Check,
+    Verified,
+    all_of,
+    of_papers,
+    parity_check,
+    publication_check,
+)
 
 _UNREAD = Check("bytes", None, "the weights were not fetched; pull compares every byte")
 
@@ -32,25 +41,27 @@ def verify_registry(target: RegistryTarget, *, access: Any, report: Reporter) ->
         TransferError: if it is not there, or the registry does not answer.
         SourceError: if it is no model, or came without a pack's papers.
     """
-    from medllm_pack.publish.download import fetch_blob, open_remote
-    from medllm_pack.publish.pull import head
+    from medllm_pack.publish.download import open_remote
+    from medllm_pack.publish.pull import fetched, head
     from medllm_pack.publish.registry import opened
 
     report.step("papers and header")
     with opened(target, access) as registry, TemporaryDirectory(prefix="medllm-verify-") as place:
         found = head(registry)
-        if len(found.attached) != 1:
+        if len(found.papers) != 1:
             raise SourceError(f"{target} came without the papers of one pack; nothing to compare")
-        paper, folder = found.attached[0], Path(place)
-        sizes = {blob.digest: blob.size for blob in paper.layers}
-        for name, digest in names_of(paper.manifest).items():
-            path = folder / checked_name(name, of="a manifest")
-            fetch_blob(registry, digest, sizes[digest], path, report.advance)
+        blobs, folder = Path(place, "blobs"), Path(place, "pack")
+        blobs.mkdir()
+        folder.mkdir()
+        attached = fetched(found.attached, registry, blobs, report)
+        for name, digest in names_of(found.papers[0].manifest).items():
+            shutil.copyfile(blobs / digest.file_name, folder / name)
         weights = read.weights_of(found.image)
         remote = open_remote(registry, weights.digest, weights.size)
         header = read_header(remote, size=weights.size, name=str(target))
         checks = _papers(folder, report)
         checks += _weights(folder, weights.digest.hex, header)
+        checks.append(publication_check(lambda: overrides_of(attached)))
     return Verified(str(target), (*checks, _UNREAD))
 
 
@@ -83,6 +94,7 @@ def verify_hub(
         checks += _one(document, named[file.name], file.sha256, file.header)
     here = [named[file.name] for file in look.files if file.name in named]
     checks.append(parity_check(document, here))
+    checks.append(publication_check(lambda: look.overrides()))
     return Verified(str(target), (*checks, _UNREAD))
 
 
