@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what goes wrong, but for a client that hung up: the tests make it do so."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Return a function that starts a server on a free port of this machine."""
@@ -43,7 +51,7 @@ def serve() -> Iterator[Serve]:
 
     def start(answers: Answers) -> Server:
         handler = type("Handler", (_Handler,), {"answers": staticmethod(answers)})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = _Http(("127.0.0.1", 0), handler)
         running.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return Server(Address("http", "127.0.0.1", server.server_address[1]), timeout=5)
