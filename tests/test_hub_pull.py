@@ -190,7 +190,7 @@ def test_changed_weights_are_refused_before_they_come_over(
         ({"SHA256SUMS": None, "pack.json": None}, "has no pack.json and no SHA256SUMS"),
         ({"LICENSE": None}, "lacks 'LICENSE', which its SHA256SUMS names"),
         ({"SHA256SUMS": b"0" * 64 + b"  ../../x\n"}, "plain names"),
-        ({"SHA256SUMS": b"garbage\n"}, "has a line that is not"),
+        ({"SHA256SUMS": b"garbage\n"}, "line 1 of SHA256SUMS of .* is not a digest"),
         ({"pack.json": b"{}"}, "pack.json is not what SHA256SUMS says"),
     ],
 )
