@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from medllm_pack.errors import MedllmError
 from medllm_pack.pack import papers
 from medllm_pack.progress import Silent
+from medllm_pack.publish import signing
 from medllm_pack.publish.signing import check_signature, sign
 from medllm_pack.publish.verify import verify_pack
 from tests import pico_packs as packs
@@ -360,3 +361,29 @@ def test_what_does_not_exist_or_is_no_pack_could_not_be_checked(
     assert verify(capsys, tmp_path / "absent")[0] == 1
     (tmp_path / "empty").mkdir()
     assert verify(capsys, tmp_path / "empty")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("publish", ["publish", "{pack}", "oci://h/ns/m"]),
+        ("publish", ["pull", "oci://h/ns/m", "--out", "back"]),
+        ("publish", ["verify", "oci://h/ns/m"]),
+        ("sign", ["sign", "{pack}", "--key", "absent.pem"]),
+        ("sign", ["verify", "{pack}", "--key", "absent.pem"]),
+    ],
+)
+def test_missing_extra_is_one_line_with_the_command(
+    signed_once: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    extra: str, words: list[str],
+) -> None:  # fmt: skip
+    from medllm_pack.cli import registry
+
+    monkeypatch.setattr(registry, "_NEEDED", ("httpx", "no_such_library"))
+    monkeypatch.setattr(signing, "_NEEDED", ("no_such_library",))
+    code, out, err = run([word.format(pack=signed_once) for word in words], capsys)
+    [line] = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out) == (1, "")
+    assert f"need no_such_library; run: pip install 'medllm-pack[{extra}]'" in line.replace(
+        "needs", "need"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from medllm_pack.publish.transport import Access
+
+_NEEDED = ("httpx", "cryptography")
 
 InsecureOpt = Annotated[
     bool, typer.Option("--insecure", help="allow plain HTTP; this machine is always allowed")
@@ -32,16 +35,16 @@ def access(
     """Return the options as a value.
 
     Raises:
-        UsageError: if the extra is not installed.
+        MedllmError: if the extra is not installed, with the command that does.
     """
-    from medllm_pack.errors import UsageError
+    from medllm_pack.errors import MedllmError
 
-    try:
-        from medllm_pack.publish.transport import Access
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"registries need {error.name}: pip install 'medllm-pack[publish]'"
-        ) from error
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise MedllmError(
+            f"registries need {', '.join(missing)}; run: pip install 'medllm-pack[publish]'"
+        )
+    from medllm_pack.publish.transport import Access
+
     return Access(
         insecure=insecure, ca=ca,
         allow_hosts=tuple(allow_hosts or ()), auth_hosts=tuple(auth_hosts or ()),

@@ -7,30 +7,32 @@ The only door to that library. The password of a key comes from the caller and i
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from medllm_pack import files
-from medllm_pack.errors import CheckFailedError, SourceError, UsageError, shown
+from medllm_pack.errors import CheckFailedError, MedllmError, SourceError, UsageError, shown
 from medllm_pack.pack import integrity
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import SIGNATURE, read_sums
 from medllm_pack.progress import Reporter
 
-_EXTRA = "signing needs more packages: pip install 'medllm-pack[sign]'"
+_NEEDED = ("model_signing", "OpenSSL")
 
 
 def require_extra() -> None:
     """Say how to install what is missing, if it is.
 
     Raises:
-        UsageError: if model-signing is not installed.
+        MedllmError: with the command that installs it.
     """
-    if not all(map(importlib.util.find_spec, ("model_signing", "OpenSSL"))):
-        raise UsageError(_EXTRA)
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise MedllmError(
+            f"signing needs {', '.join(missing)}; run: pip install 'medllm-pack[sign]'"
+        )
 
 
 def sign(folder: Path, *, key: Path, password: str | None, replace: bool, report: Reporter) -> Path:
