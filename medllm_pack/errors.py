@@ -14,6 +14,7 @@ MedllmError                 1   could not be done
 ├── PlanError               1   the build cannot start (all reasons are listed)
 ├── WriteError              1   the output could not be written
 │   └── StoreAccessError    1   an Ollama store is another user's
+├── DeviceError             1   a device is missing, fails, or has not llama.cpp's bytes
 ├── WorkerError             1   llama.cpp, in a process of its own, did not do a job
 ├── ServerError             1   an Ollama server cannot be reached or does not answer as documented
 ├── TransferError           1   a registry, or the way to it, does not let bytes or a login through
@@ -95,6 +96,10 @@ class TransferError(MedllmError):
 
 class StoreAccessError(WriteError):
     """An Ollama store is another user's; there may be another way to its server."""
+
+
+class DeviceError(MedllmError):
+    """A device is missing, fails, or does not give llama.cpp's bytes."""
 
 
 class CheckFailedError(MedllmError):

@@ -22,6 +22,7 @@ from medllm_pack.cli.verify import sign, verify
 
 if TYPE_CHECKING:
     from medllm_pack.pack.plan import Request
+    from medllm_pack.quant.device import DeviceName
 
 app = typer.Typer(
     name="medllm-pack",
@@ -68,6 +69,7 @@ def build(
     imatrix: o.ImatrixOpt = None,
     template: o.TemplateOpt = None,
     threads: o.ThreadsOpt = None,
+    device: o.DeviceOpt = "cpu",
     force: o.ForceOpt = False,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
@@ -79,13 +81,14 @@ def build(
 
     output = Output(json=json, quiet=quiet or json, verbose=verbose)
     request = _request(recipe, quant, base, adapter, merged, out, imatrix, template, force)
+    _require(device)
     with output.reporter() as report:
         plan = make_plan(request, report=report)
         for notice in (*plan.notices, *plan.deviations):
             report.notice(notice)
         if verbose:
             show.inputs(output, plan)
-        built = run_build(plan, threads=threads, report=report)
+        built = run_build(plan, threads=threads, device=device, report=report)
     output.result(
         {"folder": str(built.folder), "pack": built.manifest},
         lambda: show.built(output, plan, built),
@@ -103,6 +106,7 @@ def plan(
     imatrix: o.ImatrixOpt = None,
     template: o.TemplateOpt = None,
     threads: o.ThreadsOpt = None,
+    device: o.DeviceOpt = "cpu",
     force: o.ForceOpt = False,
     json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
@@ -113,6 +117,7 @@ def plan(
 
     output = Output(json=json, quiet=quiet or json, verbose=verbose)
     request = _request(recipe, quant, base, adapter, merged, out, imatrix, template, force)
+    _require(device)
     with output.reporter() as report:
         planned = make_plan(request, report=report, weights=False)
     output.result(
@@ -254,6 +259,17 @@ def _request(
         template=template,
         replace=force,
     )
+
+
+def _require(device: DeviceName) -> None:
+    """Refuse a device that is not there before anything is fetched; torch only if it is asked for.
+
+    The build asks again: it may be called without a command line.
+    """
+    if device != "cpu":
+        from medllm_pack.quant.device import door
+
+        door.require(device)
 
 
 def _from_here(source: str | None) -> str | None:

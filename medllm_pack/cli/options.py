@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from medllm_pack.quant.device import DeviceName
+
 RecipeArg = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file"),
@@ -44,6 +46,13 @@ ThreadsOpt = Annotated[
     int | None,
     typer.Option(
         min=1, max=256, metavar="N", help="blocks worked on at once; all processors if absent"
+    ),
+]
+DeviceOpt = Annotated[
+    DeviceName,
+    typer.Option(
+        help="where to quantize; cuda needs an NVIDIA GPU and the extra 'cuda', and proves "
+        "llama.cpp's bytes first"
     ),
 ]
 ForceOpt = Annotated[bool, typer.Option("--force", help="replace what is there")]

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.quant import kernels
+from medllm_pack.quant.device import DeviceName
 from medllm_pack.weights.half import finite, to_half
 from medllm_pack.weights.lora import Merged
 from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
@@ -38,6 +40,15 @@ BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 Mi
 
 Source = Checkpoint | Merged
 Digests = Mapping[str, tuple[int, str]]  # file name -> size, SHA-256
+
+
+class Quantizer(Protocol):
+    """What quantizes rows to a type, with llama.cpp's bytes."""
+
+    def __call__(
+        self, rows: NDArray[np.float32], kind: str, *, importance: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return the bytes; see :func:`medllm_pack.quant.kernels.quantize`."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +64,33 @@ class Built:
     manifest: manifest.Document
 
 
-def build(plan: Plan, *, threads: int | None = None, report: Reporter | None = None) -> Built:
+def build(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    device: DeviceName = "cpu",
+    report: Reporter | None = None,
+) -> Built:
     """Build a pack.
 
     Args:
         plan: from :func:`~medllm_pack.pack.plan.make_plan`, with all weights at hand.
         threads: blocks worked on at once; the number of processors this process may use if None.
             The bytes do not depend on it.
+        device: where to quantize. The bytes do not depend on it: a device proves itself first.
         report: listener.
 
     Raises:
         CheckpointError: if a weight is NaN, infinite or too large for F16, or an input changed.
+        DeviceError: if the device is missing, fails, or does not give llama.cpp's bytes.
         WriteError: if the output could not be written; nothing is left behind.
     """
     report = report or Silent()
     threads = threads or len(os.sched_getaffinity(0))
     out = plan.request.out
-    kernels.warm_up(_kinds(plan), report=report)
+    quantize = _quantizer(_kinds(plan), device, report)
     with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):
-        inputs, digests = _stream(plan, folder, threads=threads, report=report)
+        inputs, digests = _stream(plan, folder, quantize, threads=threads, report=report)
         _compare_with_hub(plan, inputs)
         for file in plan.files:
             _check_header(folder, file)
@@ -100,8 +119,14 @@ class _Encoded:
     Variants share types: the Q6_K tensors of a Q4_K_M and a Q5_K_M file are the same bytes.
     """
 
-    def __init__(self, halves: NDArray[np.float16], importance: NDArray[np.float32] | None) -> None:
+    def __init__(
+        self,
+        halves: NDArray[np.float16],
+        importance: NDArray[np.float32] | None,
+        quantize: Quantizer,
+    ) -> None:
         self.importance = importance
+        self.quantize = quantize
         self.made = {"F16": _bytes(halves)}
         self.halves = halves
 
@@ -115,7 +140,7 @@ class _Encoded:
             # llama.cpp quantizes from the F16 file: rounding to F16 comes first here too.
             return _bytes(kernels.widen(self.halves))
         wide = self["F32"].view(np.float32).reshape(self.halves.shape)
-        return kernels.quantize(wide, kind, importance=self.importance)
+        return self.quantize(wide, kind, importance=self.importance)
 
 
 def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -125,8 +150,11 @@ def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint
 class _Converter:
     """What is done to a block of rows between reading and writing. Used by many threads."""
 
-    def __init__(self, plan: Plan, source: Source, outputs: Mapping[str, Output]) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, outputs: Mapping[str, Output], quantize: Quantizer
+    ) -> None:
         self.source = source
+        self.quantize = quantize
         self.head_dim = plan.config.head_dim
         self.tensors = {tensor.source: tensor for tensor in llama.tensors(plan.config)}
         self.importance = plan.importance.weights if plan.importance else {}
@@ -158,7 +186,7 @@ class _Converter:
         halves = to_half(values, rows)
         if tensor.heads is not None:
             halves = llama.interleave(halves, self.head_dim)
-        encoded = _Encoded(halves, self.importance.get(tensor.name))
+        encoded = _Encoded(halves, self.importance.get(tensor.name), self.quantize)
         for target in self.targets[rows.spec.name]:
             target.put(rows.start, encoded[target.slot.type])
 
@@ -170,7 +198,22 @@ def memory_bytes(threads: int) -> int:
     return (170 << 20) + (threads + 1) * BLOCK_WEIGHTS * 24
 
 
-def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tuple[Digests, Digests]:
+def _quantizer(needs: set[tuple[str, bool]], device: DeviceName, report: Reporter) -> Quantizer:
+    """Return what quantizes, ready for every type that will be needed."""
+    if device == "cpu":
+        kernels.warm_up(needs, report=report)
+        return kernels.quantize
+    from medllm_pack.quant.device import door  # imports torch
+
+    door.require(device)
+    chosen = door.Device(device)
+    chosen.prepare(needs, report=report)
+    return chosen.quantize
+
+
+def _stream(
+    plan: Plan, folder: Path, quantize: Quantizer, *, threads: int, report: Reporter
+) -> tuple[Digests, Digests]:
     """Fill all outputs; return size and digest of every file read and of every file written."""
     with ExitStack() as stack:
         source = stack.enter_context(closing(plan.inputs.open()))
@@ -183,7 +226,8 @@ def _stream(plan: Plan, folder: Path, *, threads: int, report: Reporter) -> tupl
         specs = list(source.tensors.values())
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
-        _in_parallel(_Converter(plan, source, outputs), blocks, threads=threads, report=report)
+        convert = _Converter(plan, source, outputs, quantize)
+        _in_parallel(convert, blocks, threads=threads, report=report)
         report.step("finishing")
         inputs = source.digests()
         written = {name: (out.layout.size, out.finish()) for name, out in outputs.items()}

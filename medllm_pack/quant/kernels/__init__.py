@@ -133,7 +133,7 @@ def widen_bfloat(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def _is_worth_it(values: NDArray[Any]) -> bool:
-    return values.size >= _FEW and not _is_switched_off()
+    return values.size >= _FEW and not is_switched_off()
 
 
 def _converted(name: str, values: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
@@ -143,11 +143,12 @@ def _converted(name: str, values: NDArray[Any], out: NDArray[Any]) -> NDArray[An
 
 
 def _is_ours(kind: str, weighted: bool) -> bool:
-    left = _is_switched_off() or (kind, weighted) in _LEFT_TO_GGML
+    left = is_switched_off() or (kind, weighted) in _LEFT_TO_GGML
     return kind in _MODULES and not left
 
 
-def _is_switched_off() -> bool:
+def is_switched_off() -> bool:
+    """Say whether MEDLLM_KERNELS leaves everything to libggml."""
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "ggml"):
         raise MedllmError(f"{SWITCH} is {shown(switch)}; it may be 'ggml', or not be set")
