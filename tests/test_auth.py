@@ -22,7 +22,7 @@ from medllm_pack.publish.auth import (
     signature,
     signed_url,
 )
-from medllm_pack.publish.credentials import Secret, docker_login
+from medllm_pack.publish.credentials import Secret, docker_login, exposed
 from medllm_pack.publish.guard import Origin
 from medllm_pack.publish.registry import opened
 from medllm_pack.publish.targets import RegistryTarget
@@ -278,3 +278,25 @@ def test_a_damaged_login_is_not_repeated(
     with pytest.raises(TransferError, match="damaged") as caught:
         docker_login("h")
     assert auth not in str(caught.value)
+
+
+def test_a_login_that_others_may_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docker: Callable[[str], None]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(exposed("oci")) == list(exposed("ollama")) == []
+    docker("r.example")
+    config, key = tmp_path / "docker/config.json", tmp_path / ".ollama/id_ed25519"
+    key.parent.mkdir()
+    key.write_text("key")
+    for path, kind in ((config, "oci"), (key, "ollama")):
+        for mode in (0o644, 0o640, 0o604):
+            path.chmod(mode)
+            [line] = exposed("ollama" if kind == "ollama" else "oci")
+            assert f"{path}' is open to other users of this machine (mode {mode:04o})" in line
+            assert CANARY not in line
+        path.chmod(0o600)
+    assert list(exposed("oci")) == list(exposed("ollama")) == []
+    config.chmod(0o644)
+    config.write_text('{"auths": {"r.example": {}}, "credsStore": "helper"}')
+    assert list(exposed("oci")) == []

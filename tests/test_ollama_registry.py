@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -226,6 +229,57 @@ def test_ollamas_registry_takes_our_push(
     assert sorted(map(len, fake.parts.values()))[-1] == 3
     assert (again.sent, again.transferred) == (0, 0)
     assert any("attached papers" in notice for notice in done.notices)
+
+
+def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -> None:
+    home = tmp_path / "home"
+    armoured = (home / ".ollama/id_ed25519").read_bytes().splitlines()[1:-1]
+    seed = bytes(range(32))
+    secrets = [
+        *armoured,
+        b"".join(armoured),
+        seed,
+        seed.hex().encode(),
+        base64.b64encode(seed)[:42],
+    ]
+    fake, shown = FakeOllama(key, redirect=False), b""
+    target = f"ollama://{fake.host}/ns/model"
+    publish = [
+        "publish",
+        str(built_pack),
+        target,
+        "--accept",
+        "parity-missing",
+        "--quant",
+        "q4_k_m",
+    ]
+
+    def medllm(*words: str) -> bytes:
+        done = subprocess.run(
+            [sys.executable, "-X", "faulthandler", "-m", "medllm_pack", *words], check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"HOME": str(home), "XDG_STATE_HOME": str(tmp_path / "state"),
+                              "MEDLLM_DEBUG": "1"},
+        )  # fmt: skip
+        return done.stdout
+
+    try:
+        shown += (first := medllm(*publish))
+        assert b"id_ed25519' is open to other users" in first
+        assert fake.manifests, first
+        (home / ".ollama/id_ed25519").chmod(0o600)
+        shown += (again := medllm(*publish, "--json"))
+        assert b"other users" not in again
+        shown += medllm("pull", f"{target}:7b-q4_k_m", "--out", str(tmp_path / "out"))
+        fake.public = "another"
+        shown += (refused := medllm(*publish))
+        assert b"Traceback" in refused
+    finally:
+        fake.close()
+    kept = [p for name in ("state", "out") for p in (tmp_path / name).rglob("*") if p.is_file()]
+    assert kept
+    for data in (shown, *(path.read_bytes() for path in kept if path.suffix != ".gguf")):
+        assert not [secret for secret in secrets if secret in data]
 
 
 def test_the_parts_are_those_of_ollamas_client() -> None:

@@ -11,10 +11,12 @@ import binascii
 import json
 import os
 import re
+import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, TransferError, shown
@@ -25,6 +27,7 @@ _HELPER_SECONDS = 30
 _DOCKER_HUB = "https://index.docker.io/v1/"
 # docker/cli: a user of this name means that the secret is an identity token.
 _TOKEN_USER = "<token>"
+_OTHERS = 0o077  # permissions of group and others
 
 
 class Secret:
@@ -85,9 +88,38 @@ def ollama_key_path() -> Path:
     return Path.home() / ".ollama" / "id_ed25519"
 
 
-def _docker_config() -> dict[str, Any]:
+def exposed(kind: Literal["oci", "ollama"]) -> Iterator[str]:
+    """Yield a sentence if the file that logs us in is open to other users of this machine.
+
+    Args:
+        kind: of the registry: Ollama's key, or the secrets in Docker's configuration.
+    """
+    path = ollama_key_path() if kind == "ollama" else _docker_path()
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        secret = kind == "ollama" or _holds_secrets(_docker_config())
+    except (OSError, TransferError):
+        return  # who needs it says what is wrong with it
+    if secret and mode & _OTHERS:
+        yield (
+            f"{shown(path)} is open to other users of this machine (mode {mode:04o}); chmod 600 "
+            "keeps the login yours"
+        )
+
+
+def _holds_secrets(config: dict[str, Any]) -> bool:
+    logins = config.get("auths")
+    names = logins if isinstance(logins, dict) else {}
+    return any(_text(config, "auths", n, key) for n in names for key in ("auth", "identitytoken"))
+
+
+def _docker_path() -> Path:
     folder = os.environ.get("DOCKER_CONFIG")
-    path = (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+    return (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+
+
+def _docker_config() -> dict[str, Any]:
+    path = _docker_path()
     if not path.exists():
         return {}
     try:

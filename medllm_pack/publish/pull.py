@@ -22,6 +22,7 @@ from medllm_pack.errors import SourceError, TransferError, WriteError, shown
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import read
+from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.download import fetch_blob, open_remote
 from medllm_pack.publish.papers import artifact_type, is_pack
 from medllm_pack.publish.publication import overrides_of
@@ -84,6 +85,8 @@ def pull(
     report = report or Silent()
     if out.exists() and not replace:
         raise WriteError(f"{shown(out)} exists; --force replaces it, --out writes elsewhere")
+    for line in exposed(target.kind):
+        report.notice(line)
     with opened(target, access or Access()) as registry, _work_folder(out) as work:
         found = head(registry)
         image, *attached = fetched((found.image, *found.attached), registry, work, report)

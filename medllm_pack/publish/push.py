@@ -19,6 +19,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.progress import Reporter, Silent
+from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
 from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
@@ -98,6 +99,8 @@ def push(
     for tagged in release.images:
         for tag in tagged.tags:
             checked_tag(tag)
+    for line in exposed(target.kind):
+        report.notice(line)
     with opened(target, access, push=True, also=options.mount_from) as registry:
         journal = Journal(registry.origin, target.repository, folder=options.state)
         done = _send_blobs(list(release.blobs), registry, journal, options, report)

@@ -19,6 +19,7 @@ from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import read
+from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.papers import names_of
 from medllm_pack.publish.publication import overrides_of
 from medllm_pack.publish.targets import HubTarget, RegistryTarget
@@ -45,6 +46,8 @@ def verify_registry(target: RegistryTarget, *, access: Any, report: Reporter) ->
     from medllm_pack.publish.pull import fetched, head
     from medllm_pack.publish.registry import opened
 
+    for line in exposed(target.kind):
+        report.notice(line)
     report.step("papers and header")
     with opened(target, access) as registry, TemporaryDirectory(prefix="medllm-verify-") as place:
         found = head(registry)
