@@ -131,6 +131,9 @@ class _Registry(_Handler):
     def token(self, own: str) -> None:
         from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
+        if "Authorization" not in self.headers:  # the probe, which has no key
+            self.reply(401)
+            return
         public, _, signed = self.headers["Authorization"].partition(":")
         key = load_ssh_public_key(f"ssh-ed25519 {public}".encode())
         empty = base64.b64encode(hashlib.sha256(b"").hexdigest().encode()).decode()
@@ -267,6 +270,7 @@ def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -
         shown += (first := medllm(*publish))
         assert b"id_ed25519' is open to other users" in first
         assert fake.manifests, first
+        assert b"Traceback" not in first
         (home / ".ollama/id_ed25519").chmod(0o600)
         shown += (again := medllm(*publish, "--json"))
         assert b"other users" not in again
