@@ -74,7 +74,7 @@ def _release(
     if pack is not None:
         from medllm_pack.publish.make import make_release
 
-        return make_release(pack, quants=_quants(quant) or _default(pack), report=report)
+        return make_release(pack, quants=o.listed(quant) or _default(pack), report=report)
     from medllm_pack.publish.bundle import read_bundle
 
     assert bundle is not None
@@ -91,17 +91,13 @@ def _default(pack: Path) -> list[str]:
     return [default_quant(here)] if here else []
 
 
-def _quants(quant: str | None) -> list[str]:
-    return [one.strip().lower() for one in quant.split(",")] if quant else []
-
-
 def _chosen(release: Release, quant: str | None) -> Sequence[Tagged]:
     """Return the variants that are meant: those named, else the default one."""
     from medllm_pack.errors import UsageError, shown
     from medllm_pack.publish.make import default_quant
 
     images = {tagged.quant: tagged for tagged in release.images}
-    wanted = _quants(quant) or [default_quant(list(images))]
+    wanted = o.listed(quant) or [default_quant(list(images))]
     for one in wanted:
         if one not in images:
             raise UsageError(f"there is no variant {shown(one)}; there is {', '.join(images)}")

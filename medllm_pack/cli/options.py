@@ -13,6 +13,7 @@ RecipeArg = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file"),
 ]
+PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 QuantOpt = Annotated[
     str | None,
     typer.Option(
@@ -59,3 +60,8 @@ ForceOpt = Annotated[bool, typer.Option("--force", help="replace what is there")
 JsonOpt = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 VerboseOpt = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
+
+
+def listed(quants: str | None) -> list[str]:
+    """Return the variants of a ``--quant``; none if it was not given."""
+    return [one.strip().lower() for one in quants.split(",")] if quants else []

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from medllm_pack.parity.checks import Check, Verdict
     from medllm_pack.parity.run import Result
 
-PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 TextsOpt = Annotated[
     Path | None,
     typer.Option(
@@ -45,7 +44,7 @@ OllamaOpt = Annotated[
 
 
 def parity(
-    pack: PackArg,
+    pack: o.PackArg,
     base: o.BaseOpt = None,
     adapter: o.AdapterOpt = None,
     merged: o.MergedOpt = None,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from medllm_pack.publish.release import Release
     from medllm_pack.publish.targets import BundleTarget, RegistryTarget
 
-PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 TargetArg = Annotated[
     str, typer.Argument(metavar="TARGET", help="oci://host[:port]/ns/model, ollama://ns/model, "
                         "hf://org/repo or file://bundle.tar")
@@ -48,7 +47,7 @@ PublicOpt = Annotated[
 
 
 def publish(
-    pack: PackArg,
+    pack: o.PackArg,
     target: TargetArg,
     quant: QuantOpt = None,
     tag: TagOpt = None,
@@ -106,7 +105,7 @@ def _release(
     from medllm_pack.publish.make import make_release
     from medllm_pack.publish.publication import recorded
 
-    quants = [one.strip().lower() for one in quant.split(",")] if quant else []
+    quants = o.listed(quant)
     permit = check(pack, quants, accept or (), report=report)
     return recorded(make_release(pack, quants=quants, tag=tag, report=report), permit)
 

@@ -66,7 +66,7 @@ def pull(
                 document["overrides"] = list(overrides_of(attached))
                 restore(release, out, replace=force, report=report)
             case HubTarget():
-                quants = quant.split(",") if quant else []
+                quants = o.listed(quant)
                 document |= hub.pull(target, out, quants=quants, replace=force, report=report)
     output.result(document, lambda: _show(output, document))
 

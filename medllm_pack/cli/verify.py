@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from medllm_pack.publish.transport import Access
     from medllm_pack.publish.verify import Verified
 
-PackArg = Annotated[Path, typer.Argument(metavar="PACK", help="folder of a pack")]
 SubjectArg = Annotated[
     str,
     typer.Argument(
@@ -55,7 +54,7 @@ RecipeOpt = Annotated[
 
 
 def sign(
-    pack: PackArg,
+    pack: o.PackArg,
     key: PrivateOpt,
     password_env: PasswordOpt = None,
     force: o.ForceOpt = False,
@@ -111,7 +110,7 @@ def verify(
                 subject, key, lambda: r.access(insecure, ca, allow_host, auth_host), report
             )
         else:
-            verified = _verified(Path(subject), key, quant.split(",") if quant else [], report)
+            verified = _verified(Path(subject), key, o.listed(quant), report)
         if rebuild and not verified.failed:
             from medllm_pack.publish import rebuild as again
             from medllm_pack.recipe import load_recipe, recipe_path
