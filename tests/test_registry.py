@@ -6,8 +6,10 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from medllm_pack.publish.push import Options, missing, push
@@ -60,6 +62,39 @@ def test_papers_are_found_by_the_fallback_tag_once(
     assert [(e["digest"], e["artifactType"]) for e in index["manifests"]] == [
         (str(sent.images[0].attached[0].digest), PACK_ARTIFACT)
     ]
+
+
+class GoneAfterTags(httpx.BaseTransport):
+    """Answers until the last tag was put and read back, and never again."""
+
+    left = -1  # answers; -1 for any number
+
+    def __init__(self, inner: httpx.BaseTransport) -> None:
+        self.inner = inner
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if type(self).left == 0:
+            raise httpx.ConnectError("gone")
+        type(self).left -= type(self).left > 0
+        answer = self.inner.handle_request(request)
+        if request.method == "PUT" and request.url.path.endswith("/manifests/7b"):
+            type(self).left = 1
+        return answer
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_registry_that_falls_silent_after_the_tags_is_no_failed_push(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r")
+    assert sent.images[0].tags[-1] == "7b"
+    access = replace(ACCESS, transport=GoneAfterTags)
+    done = push(sent, registry.target(), access=access, options=options)
+    assert done.probe is None
+    assert [notice for notice in done.notices if "whether Ollama can pull it is unknown" in notice]
+    registry.check_whole()
 
 
 def test_blobs_are_mounted_across_repositories(

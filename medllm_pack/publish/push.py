@@ -25,7 +25,7 @@ from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
 from medllm_pack.publish.release import OCI_INDEX, Release
 from medllm_pack.publish.targets import RegistryTarget, checked_tag
-from medllm_pack.publish.transport import Access
+from medllm_pack.publish.transport import Access, InterruptedTransferError
 from medllm_pack.publish.upload import CHUNK, Sending, Sent, StoppedError, send_blob
 
 _AT_ONCE = 2  # blobs; one large one fills most lines
@@ -113,7 +113,13 @@ def push(
             for tag in tagged.tags:
                 _tag(registry, tagged.image, tag)
     images = tuple((tagged.image.digest, tagged.tags) for tagged in release.images)
-    verdict = _probed(target, release, access) if options.ask_ollama else None
+    verdict = None
+    if options.ask_ollama:
+        try:
+            verdict = _probed(target, release, access)
+        except InterruptedTransferError as error:
+            # Everything is published by now: not knowing is no failure.
+            notices.append(f"all is published, but whether Ollama can pull it is unknown: {error}")
     return Pushed(
         target, images,
         transferred=sum(sent.n_bytes for sent in done),
