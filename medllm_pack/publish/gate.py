@@ -98,7 +98,7 @@ class Permit:
         }
 
     def annotations(self, quant: str | None = None) -> dict[str, str]:
-        """Return the same in brief, for manifests and commit messages.
+        """Return the same in brief, for manifests.
 
         Args:
             quant: only this variant's verdict counts; the worst of all if None.

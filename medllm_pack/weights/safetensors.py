@@ -106,7 +106,6 @@ class TensorFile:
 
     Read in the order of the file, the SHA-256 costs no second pass: every byte is hashed as it
     comes by. What was skipped or read out of order is read again for :meth:`digest`.
-
     """
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
