@@ -61,7 +61,8 @@ class Shape:
     def config(self) -> dict[str, object]:
         """Return config.json."""
         return {
-            "architectures": [self.architecture], "model_type": "llama",
+            "architectures": [self.architecture],
+            "model_type": "mistral" if "Mistral" in self.architecture else "llama",
             "hidden_size": self.width, "intermediate_size": self.ff,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab,
