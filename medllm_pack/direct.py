@@ -32,6 +32,11 @@ def switch_on(fd: int) -> bool:
     return True
 
 
+def switch_off(fd: int) -> None:
+    """Let a descriptor go through the page cache, for what is not whole pages."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+
+
 def aligned(size: int) -> NDArray[np.uint8]:
     """Return ``size`` bytes of memory that begin at a page."""
     memory = np.empty(size + PAGE, dtype=np.uint8)

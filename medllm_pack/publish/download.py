@@ -7,7 +7,6 @@ Also a reader that fetches only the ranges that are read. Memory: one piece.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import httpx
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
+from medllm_pack.incoming import Incoming
+from medllm_pack.publish.bodies import pieces
 from medllm_pack.publish.registry import Registry
 from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
 
@@ -42,8 +43,8 @@ def fetch_blob(
     part = path.with_name(f"{path.name}.part")
     resumed = part.exists()
     while True:
-        with files.translated(part):
-            found = _Download(registry, digest, size, part, advance).run()
+        with files.translated(part), Incoming(part, advance) as incoming:
+            found = _Download(registry, digest, size, incoming).run()
         if found == digest.hex:
             break
         part.unlink()
@@ -58,100 +59,64 @@ def fetch_blob(
 class _Download:
     """A ``.part`` file that grows to its size."""
 
-    def __init__(
-        self, registry: Registry, digest: Digest, size: int, part: Path,
-        advance: Callable[[int], None],
-    ) -> None:  # fmt: skip
-        self.registry, self.digest, self.size = registry, digest, size
-        self.part, self.advance = part, advance
-        self.hash, self.offset, self.told = hashlib.sha256(), 0, 0
+    def __init__(self, registry: Registry, digest: Digest, size: int, part: Incoming) -> None:
+        self.registry, self.digest, self.size, self.part = registry, digest, size, part
+        self.patience = registry.door.access.patience
 
     def run(self) -> str:
         """Fetch what is missing and return the digest of everything."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.part, flags, 0o600), "r+b", buffering=0) as file:
-            self._read_part(file)
-            self._fetch_all(file)
-            os.fsync(file.fileno())
-        return self.hash.hexdigest()
-
-    def _read_part(self, file: Any) -> None:
-        if os.fstat(file.fileno()).st_size > self.size:
-            file.truncate(0)
-        while data := file.read(PIECE):
-            self._took(data)
-
-    def _fetch_all(self, file: Any) -> None:
+        self.part.take_up(self.size)
         failures = 0
-        patience = self.registry.door.access.patience
-        while self.offset < self.size:
-            before = self.offset
+        while self.part.offset < self.size:
+            before = self.part.offset
             try:
-                self._fetch(file)
+                self._fetch()
                 continue
             except InterruptedTransferError as error:
-                failures = 1 if self.offset > before else failures + 1
-                if failures >= patience.tries:
+                failures = 1 if self.part.offset > before else failures + 1
+                if failures >= self.patience.tries:
                     raise error
-            patience.wait(failures)
+            self.patience.wait(failures)
+        return self.part.finish()
 
-    def _fetch(self, file: Any) -> None:
-        headers = {"Range": f"bytes={self.offset}-"} if self.offset else {}
+    def _fetch(self) -> None:
+        offset = self.part.offset
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
         with self.registry.stream("GET", f"blobs/{self.digest}", headers=headers) as answer:
-            self._check(answer, file)
-            # As it comes: pieces that are collected first would be lost with a cut.
-            for data in answer.iter_raw():
-                if self.offset + len(data) > self.size:
-                    file.truncate(0)
+            self._check(answer)
+            for data in pieces(answer, stall_s=self.patience.stall_s):
+                if self.part.offset + len(data) > self.size:
+                    self.part.restart()
                     raise TransferError(
                         f"{self.registry.target.host} sends more than the {self.size} bytes of "
                         f"{self.digest}; refused"
                     )
-                _write(file, data)
-                self._took(data)
-        if self.offset < self.size:
+                self.part.add(data)
+        if self.part.offset < self.size:
             raise InterruptedTransferError(
                 f"{self.registry.target.host} ends {self.digest} too early; run it again, what "
                 "was fetched is kept"
             )
 
-    def _check(self, answer: httpx.Response, file: Any) -> None:
-        status, host = answer.status_code, self.registry.target.host
+    def _check(self, answer: httpx.Response) -> None:
+        status, host, offset = answer.status_code, self.registry.target.host, self.part.offset
         if status in _BUSY:
             raise InterruptedTransferError(f"{host} answers {status}; try again later")
         if status == 200:
-            self._restart(file)  # it knows no ranges
-        elif status == 206 and self.offset:
-            wanted = f"bytes {self.offset}-{self.size - 1}/{self.size}"
+            self.part.restart()  # it knows no ranges
+        elif status == 206 and offset:
+            wanted = f"bytes {offset}-{self.size - 1}/{self.size}"
             if answer.headers.get("Content-Range") != wanted:
                 raise TransferError(f"{host} gives another range of {self.digest} than asked for")
         else:
             refusal = Answer(status, answer.headers, str(answer.url), b"")
             raise self.registry.refused(refusal, f"fetching {self.digest}")
-        stated = answer.headers.get("Content-Length", str(self.size - self.offset))
-        if stated != str(self.size - self.offset):
+        expected = self.size - self.part.offset
+        stated = answer.headers.get("Content-Length", str(expected))
+        if stated != str(expected):
             raise TransferError(
-                f"{host} has {stated} bytes of {self.digest}, the manifest says "
-                f"{self.size - self.offset}"
+                f"{host} has {stated} bytes of {self.digest}, the manifest says {expected}"
             )
-
-    def _restart(self, file: Any) -> None:
-        self.hash, self.offset = hashlib.sha256(), 0
-        file.seek(0)
-        file.truncate(0)
-
-    def _took(self, data: bytes) -> None:
-        self.hash.update(data)
-        self.offset += len(data)
-        if self.offset > self.told:
-            self.advance(self.offset - self.told)
-            self.told = self.offset
-
-
-def _write(file: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 def open_remote(registry: Registry, digest: Digest, size: int) -> BinaryIO:
