@@ -6,17 +6,18 @@ key and what the key means. Knows nothing of weights; sources and styles are nam
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medllm_pack import resources
 from medllm_pack.errors import MedllmError, RecipeError, UsageError, WriteError, shown
 from medllm_pack.files import read_small, translated
+from medllm_pack.limits import RecipeLimits, unknown_variants
+from medllm_pack.tables import Table, parse_table
 
 _FOLDER = "quant_recipes/models"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,95}"
@@ -25,17 +26,13 @@ Text = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(gt=0)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Origin(_Table):
+class Origin(Table):
     """Where weights come from."""
 
     source: Text = Field(description="a folder, builtin:NAME, or org/name[@revision] on the Hub")
 
 
-class ExpectedBase(_Table):
+class ExpectedBase(Table):
     """The shape of the published base model."""
 
     architecture: Text = Field(description="class in config.json, such as LlamaForCausalLM")
@@ -47,7 +44,7 @@ class ExpectedBase(_Table):
     vocab_size: Size = Field(description="rows of the embedding")
 
 
-class ExpectedAdapter(_Table):
+class ExpectedAdapter(Table):
     """How the published adapter was trained."""
 
     r: Size = Field(description="rank")
@@ -56,14 +53,14 @@ class ExpectedAdapter(_Table):
     targets: list[Text] = Field(min_length=1, description="target modules")
 
 
-class Expectations(_Table):
+class Expectations(Table):
     """What differs from these is named in the pack, or refused if strict."""
 
     base: ExpectedBase | None = Field(default=None, description="shape of the base model")
     adapter: ExpectedAdapter | None = Field(default=None, description="form of the adapter")
 
 
-class License(_Table):
+class License(Table):
     """The licence of the result, and what it obliges a distributor to ship."""
 
     id: Text = Field(description="identifier on the Hugging Face Hub, such as llama2")
@@ -81,7 +78,7 @@ class License(_Table):
     )
 
 
-class Card(_Table):
+class Card(Table):
     """Texts and metadata of the model card."""
 
     title: Text = Field(description="heading")
@@ -97,7 +94,7 @@ class Card(_Table):
     citation: str | None = Field(default=None, description="BibTeX entry")
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A model recipe.
 
     Attributes are described by their fields; ``recipes check`` shows the descriptions.
@@ -123,6 +120,9 @@ class Recipe(_Table):
     expects: Expectations = Field(Expectations(), description="shape of the published model")
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Ollama parameters that replace the style's"
+    )
+    parity: RecipeLimits | None = Field(
+        default=None, description="limits of `medllm-pack parity` in place of the shipped ones"
     )
     license: License = Field(description="licence and its duties")
     card: Card = Field(description="texts of the model card")
@@ -182,53 +182,7 @@ def parse_recipe(data: bytes, *, subject: str) -> Recipe:
     Raises:
         RecipeError: with every problem of the text.
     """
-    try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(subject, [f"it is not valid TOML: {error}"]) from error
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        raise RecipeError(subject, problems_of(error, Recipe)) from error
-
-
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return a sentence for each problem pydantic found: key, fact, meaning of the key."""
-    problems = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        fact = item["msg"].removeprefix("Value error, ")
-        fact = fact[:1].lower() + fact[1:]
-        given = (
-            "" if item["type"] in ("missing", "value_error") else f", not {shown(item['input'])}"
-        )
-        if item["type"] == "extra_forbidden":
-            fact, given = "there is no such key", ""
-        meaning = _meaning(model, item["loc"])
-        problems.append(
-            f"{key or 'the file'}: {fact}{given}" + (f" ({meaning})" if meaning else "")
-        )
-    return problems
-
-
-def _meaning(model: type[BaseModel], loc: tuple[int | str, ...]) -> str | None:
-    """Return the description of the field that a location leads to."""
-    description = None
-    current: Any = model
-    for part in loc:
-        fields = getattr(current, "model_fields", {})
-        if part not in fields:
-            break
-        description = fields[part].description
-        current = _table_of(fields[part].annotation)
-    return description
-
-
-def _table_of(annotation: Any) -> Any:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    return parse_table(Recipe, data, subject=subject)
 
 
 def check_recipe(name: str) -> tuple[str, ...]:
@@ -246,8 +200,10 @@ def check_recipe(name: str) -> tuple[str, ...]:
     except RecipeError as error:
         return error.problems
     problems = []
+    names: list[str] = []
     for variant in recipe.variants:
-        problems += _problem("variants", load_mix, variant)
+        problems += _problem("variants", lambda name: names.append(load_mix(name).name), variant)
+    problems += unknown_variants(recipe.parity, [name.lower() for name in names])
     problems += _problem("template", Style.load, recipe.template)
     return tuple(problems)
 

@@ -112,14 +112,20 @@ def change(pack: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     reseal(pack)
 
 
-def give_parity(pack: Path, **verdicts: bool) -> None:
-    """Write a verdict of parity; every variant passed unless it is named."""
+def give_parity(
+    pack: Path, limits: Mapping[str, list[dict[str, Any]]] = {}, **verdicts: bool
+) -> None:
+    """Write a verdict of parity; every variant passed unless it is named.
+
+    ``limits`` are a variant's limits that are not the shipped ones.
+    """
 
     def edit(content: dict[str, Any]) -> None:
         entries = [
             {
                 "quant": v["quant"], "passed": verdicts.get(v["quant"], True),
                 "kld_mean": 0.001, "kld_p99": 0.01, "top1": 0.99, "ppl": 6.2, "ppl_ratio": 1.001,
+                "limits": limits.get(v["quant"], []),
             }
             for v in content["variants"]
         ]  # fmt: skip

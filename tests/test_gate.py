@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from medllm_pack.errors import GateError, MedllmError, SourceError, UsageError
+from medllm_pack.progress import Silent
 from medllm_pack.publish import gate, licences
+from medllm_pack.publish.verify import verify_pack
 from tests import pico
 from tests import pico_packs as packs
 
@@ -88,6 +90,46 @@ def test_parity_of_the_chosen_variants_counts(proven: Path) -> None:
     permit = gate.check(proven, (), ("parity-failed",))
     assert permit.annotations("f16")["medllm-pack.parity"] == "passed"
     assert permit.annotations("q4_k_m")["medllm-pack.parity"] == "failed"
+
+
+def departure(used: float, *, looser: bool) -> dict[str, Any]:
+    name = "variants.q4_k_m.kld_mean"
+    return {"name": name, "shipped": 0.1, "used": used, "looser": looser}
+
+
+def test_a_verdict_by_loosened_limits_is_refused_until_it_is_accepted(proven: Path) -> None:
+    packs.give_parity(proven, {"q4_k_m": [departure(0.5, looser=True)]})
+    said = reasons(proven, "parity-failed", "parity-missing")
+    assert "q4_k_m: variants.q4_k_m.kld_mean 0.5 (looser; shipped 0.1)" in said
+    assert "--accept parity-loosened" in said
+    permit = gate.check(proven, (), ("parity-loosened",))
+    assert [o["name"] for o in permit.publication()["overrides"]] == ["parity-loosened"]
+    assert "0.5 (looser" in permit.publication()["overrides"][0]["reason"]
+    assert permit.publication()["limits"]["q4_k_m"] == [departure(0.5, looser=True)]
+    assert permit.annotations()["medllm-pack.overrides"] == "parity-loosened"
+    [check] = [
+        c for c in verify_pack(proven, key=None, report=Silent()).checks if c.name == "parity"
+    ]
+    assert check.passed is None
+    assert "the verdict is by limits that the recipe loosened" in check.detail
+
+
+def test_loosened_limits_of_another_variant_do_not_close_the_gate(proven: Path) -> None:
+    packs.give_parity(proven, {"q4_k_m": [departure(0.5, looser=True)]})
+    assert gate.check(proven, ("f16",)).publication()["limits"] == {"f16": []}
+
+
+def test_a_stricter_limit_needs_nothing_and_is_published(proven: Path) -> None:
+    packs.give_parity(proven, {"q4_k_m": [departure(0.05, looser=False)]})
+    permit = gate.check(proven)
+    assert permit.publication()["limits"]["q4_k_m"] == [departure(0.05, looser=False)]
+    assert permit.publication()["overrides"] == []
+
+
+def test_a_limit_that_is_no_limit_is_no_pack(proven: Path) -> None:
+    packs.give_parity(proven, {"f16": [departure(0.5, looser=True) | {"name": "a\nb"}]})
+    with pytest.raises(SourceError, match=r"is damaged at 'parity\.variants\.0\.limits\.0\.name'"):
+        gate.check(proven)
 
 
 @pytest.mark.parametrize("file", ["Pico-F16.gguf", "README.md", "Modelfile.f16", "pack.json"])

@@ -206,6 +206,47 @@ def test_tiny_passes_with_the_sources_that_its_recipe_names(tmp_path: Path) -> N
     assert [v.failed for v in result.verdicts] == [None] * 3
 
 
+def test_limits_of_the_recipe_count_and_are_told_wherever_the_verdict_is(
+    tmp_path: Path, inputs: Sources
+) -> None:
+    text = (
+        "[parity.variants.q8_0]\nkld_mean = 1e-9\n[parity.variants.f16]\nkld_p99 = 0.5\n"
+        "[parity.generation.ties]\nf16 = 0.01\n[parity.tensors.Q4_K]\nrmse = 0.5\n"
+    )
+    recipe = pico.write_recipe(
+        tmp_path / "r", {"base": Path(inputs.base or ""), "adapter": Path(inputs.adapter or "")},
+        text=text,
+    )  # fmt: skip
+    request = Request(
+        recipe=load_recipe(recipe), folder=recipe.parent, out=tmp_path / "p",
+        variants=("f16", "q8_0"),
+    )  # fmt: skip
+    build(make_plan(request, report=Silent()), threads=1)
+    result = check(tmp_path / "p", inputs)
+    failed = result.verdicts[1].failed
+    assert failed is not None
+    assert (failed.name, failed.limit) == ("logits.kld_mean", "<= 1e-09")
+    # Q4_K has no tensor here, so its limit did not count.
+    expected = {
+        "f16": [
+            {"name": "variants.f16.kld_p99", "shipped": 0.001, "used": 0.5, "looser": True},
+            {"name": "generation.ties.f16", "shipped": 0.02, "used": 0.01, "looser": False},
+        ],
+        "q8_0": [
+            {"name": "variants.q8_0.kld_mean", "shipped": 0.005, "used": 1e-9, "looser": False}
+        ],
+    }
+    pack = json.loads((tmp_path / "p" / "pack.json").read_text(encoding="utf-8"))
+    for document in (result.document, pack["parity"]):
+        assert {v["quant"]: v["limits"] for v in document["variants"]} == expected
+    card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
+    assert "Limits of f16 that its recipe sets: variants.f16.kld_p99 0.5 (looser; shipped" in card
+    page_ = (tmp_path / "p" / "parity.html").read_text(encoding="utf-8")
+    assert page_.count("<code>variants.f16.kld_p99</code>") == 2  # in both languages
+    ended = invoke(tmp_path / "p", inputs, "-q")
+    assert "f16: limit of the recipe: variants.f16.kld_p99 0.5 (looser" in ended.stdout
+
+
 def test_checking_again_gives_the_same_bytes(pack: Path, inputs: Sources) -> None:
     check(pack, inputs)
     first = {p.name: p.read_bytes() for p in pack.iterdir()}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from medllm_pack.errors import ServerError
+from medllm_pack.limits import Limits
 from medllm_pack.ollama.modelfile import Modelfile
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
@@ -78,7 +79,7 @@ def check(pack: Path, serve: Serve, fake: Fake) -> list[Check]:  # noqa: F811
         )  # fmt: skip
 
     modelfile: Modelfile = read_beside(pack, entry)
-    return check_served(served, "q8_0", modelfile, write)
+    return check_served(served, "q8_0", modelfile, write, Limits())
 
 
 def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # noqa: F811

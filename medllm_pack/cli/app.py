@@ -32,7 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipes = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+recipes = typer.Typer(
+    help="List, show, copy and check recipes. A recipe's table `parity` sets limits of the command "
+    "of that name; `recipes limits` prints the shipped ones.",
+    no_args_is_help=True,
+)
 app.add_typer(recipes, name="recipes")
 
 
@@ -229,6 +233,18 @@ def recipes_check(recipe: o.RecipeArg, json: o.JsonOpt = False) -> None:
             for line in RecipeError(recipe, problems).lines():
                 output.line(line)
         raise typer.Exit(3)
+
+
+@recipes.command("limits")
+def recipes_limits(json: o.JsonOpt = False) -> None:
+    """Print the shipped limits of `parity`, as a recipe's table of that name has them."""
+    from medllm_pack import limits
+
+    output = Output(json=json)
+    output.result(
+        limits.shipped().model_dump(mode="json"),
+        lambda: output.line(limits.path().read_text(encoding="utf-8").rstrip()),
+    )
 
 
 def _request(

@@ -92,6 +92,8 @@ def parity(
 
 def _show(output: Output, result: Result) -> None:
     """Show the verdicts, and with -v or after a failure every check."""
+    from medllm_pack.limits import described
+
     rows = [_row(verdict) for verdict in result.verdicts]
     heads = ("variant", ">mean KLD", ">99 %", ">same top token", ">perplexity", ">ratio", "verdict")
     output.table(heads, rows)
@@ -100,6 +102,9 @@ def _show(output: Output, result: Result) -> None:
         if checks:
             output.line(f"\n{verdict.quant}:")
             output.table(("check", ">measured", "limit", "", "found"), [_line(c) for c in checks])
+    for variant in result.document["variants"]:
+        for departure in variant["limits"]:
+            output.line(f"{variant['quant']}: limit of the recipe: {described(departure)}")
     texts = result.texts
     name = "your texts" if texts.sha256 is None else f"held-out synthetic notes ({texts.name})"
     output.line(f"\n{len(texts.notes)} {name}; the verdict is in {result.folder / 'parity.json'}")

@@ -24,7 +24,7 @@ from medllm_pack import resources
 from medllm_pack.errors import ModelfileError, RecipeError, SourceError, UsageError, shown
 from medllm_pack.files import read_small
 from medllm_pack.ollama.template import problems as template_problems
-from medllm_pack.recipe import problems_of
+from medllm_pack.tables import problems_of
 
 ParameterValue = bool | int | float | Sequence[str]
 

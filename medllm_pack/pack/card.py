@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from medllm_pack.limits import described
 from medllm_pack.pack.manifest import Document, recipe_of
 from medllm_pack.recipe import Recipe
 
@@ -112,6 +113,10 @@ def _parity(parity: Document) -> Iterator[str]:
     for variant in parity["variants"]:
         figures = (_shown(variant.get(name), form) for name, form in _FORMS.items())
         yield f"| {variant['quant']} | {' | '.join(figures)} | {_verdict(variant)} |"
+    for variant in parity["variants"]:
+        if departures := variant.get("limits"):
+            said = "; ".join(map(described, departures))
+            yield f"\nLimits of {variant['quant']} that its recipe sets: {said}."
     yield (
         "\nThis says that the files hold the model, not that the model is right: nothing here "
         "measures clinical validity. Every check is in `parity.json`; `parity.html` shows and "

@@ -19,7 +19,8 @@ from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.quant import ggml
-from medllm_pack.recipe import Recipe, problems_of
+from medllm_pack.recipe import Recipe
+from medllm_pack.tables import problems_of
 from medllm_pack.weights import lora
 from medllm_pack.weights.sources import LocalCopy, parse_source
 

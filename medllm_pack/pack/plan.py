@@ -28,6 +28,7 @@ from medllm_pack.errors import (
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Entry, Layout, lay_out
 from medllm_pack.gguf.vocab import Vocabulary, read_vocabulary
+from medllm_pack.limits import unknown_variants
 from medllm_pack.ollama.modelfile import Style, render, survives
 from medllm_pack.pack.inputs import Inputs, choose, find_text, gather
 from medllm_pack.progress import Reporter
@@ -203,6 +204,7 @@ def make_plan(request: Request, *, report: Reporter, weights: bool = True) -> Pl
     sources = choose(recipe, base=request.base, adapter=request.adapter, merged=request.merged)
     problems = _Problems(recipe.name)
     problems.attempt(_check_target, request)
+    problems.found += _unknown_limits(recipe, mixes)
     importance = problems.attempt(read_importance, request.imatrix) if request.imatrix else None
     inputs = problems.need(
         gather, recipe, sources, folder=request.folder, report=report, weights=weights
@@ -277,6 +279,14 @@ def _mixes(request: Request) -> list[Mix]:
     if double := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"--quant names {double} twice")
     return mixes
+
+
+def _unknown_limits(recipe: Recipe, mixes: Sequence[Mix]) -> list[str]:
+    """Return what is wrong with the recipe's limits: a variant that nobody knows has none."""
+    if recipe.parity is None:
+        return []
+    own = [*mixes, *(load_mix(name.strip()) for name in recipe.variants)]
+    return unknown_variants(recipe.parity, [mix.name.lower() for mix in own])
 
 
 def _check_target(request: Request) -> None:

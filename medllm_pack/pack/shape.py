@@ -56,9 +56,17 @@ class _License(_Part):
     missing: list[FileName]
 
 
+class _Departure(_Part):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,99}$")]
+    shipped: float
+    used: float
+    looser: bool
+
+
 class _Verdict(_Part):
     quant: str
     passed: bool
+    limits: list[_Departure] = []
 
 
 class _Parity(_Part):

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from medllm_pack.limits import Departure
     from medllm_pack.parity.measures import Spread
 
 Rung = Literal[
@@ -122,6 +123,7 @@ class Verdict:
         spread: how the divergences are spread; None if there are none.
         tensors: every tensor that could be compared, in the order of the file.
         size: bytes of the file; None if it could not be read.
+        departures: the limits that counted and are not the shipped ones.
     """
 
     quant: str
@@ -130,6 +132,7 @@ class Verdict:
     spread: Spread | None = None
     tensors: tuple[TensorError, ...] = ()
     size: int | None = None
+    departures: tuple[Departure, ...] = ()
 
     @property
     def failed(self) -> Check | None:
@@ -155,6 +158,7 @@ class Verdict:
             },
             "tensors": [tensor.document() for tensor in self.tensors],
             "size": self.size,
+            "limits": [departure.document() for departure in self.departures],
             "checks": [check.document() for check in self.checks],
         }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medllm_pack.parity import limits
+from medllm_pack.limits import Limits
 from medllm_pack.parity.checks import Check, at_least, at_most
 from medllm_pack.parity.measures import Spread, compare, spread, summarize
 
@@ -46,9 +46,9 @@ def measure(
     return summarize(distances), spread(distances)
 
 
-def check_logits(quant: str, figures: Mapping[str, float]) -> list[Check]:
+def check_logits(quant: str, figures: Mapping[str, float], limits: Limits) -> list[Check]:
     """Compare the figures of a variant with the limits of its type."""
-    allowed = limits.logit_limits(quant)
+    allowed = limits.logits(quant)
     n = f"over {figures['tokens']} tokens"
     ratio, error = figures["ppl_ratio"], figures["ppl_ratio_error"]
     perplexities = f"{figures['ppl']:.6g} against {figures['ppl_reference']:.6g}"
@@ -56,23 +56,32 @@ def check_logits(quant: str, figures: Mapping[str, float]) -> list[Check]:
         at_most("logits.kld_mean", figures["kld_mean"], allowed.kld_mean, f"nats, {n}"),
         at_most("logits.kld_p99", figures["kld_p99"], allowed.kld_p99,
                 f"nats; median {figures['kld_median']:.3g}, largest {figures['kld_max']:.3g}"),
-        at_least("logits.top1_clear", figures["top1_clear"], allowed.top1, f"same likeliest "
+        at_least("logits.top1_clear", figures["top1_clear"], allowed.top1_clear, f"same likeliest "
                  f"token where the reference is clear ({figures['tokens_clear']} tokens; "
                  f"everywhere {figures['top1']:.2%})"),
-        Check("logits.ppl_ratio", ratio, f"1 ± {allowed.ppl:g}", abs(ratio - 1) <= allowed.ppl,
+        Check("logits.ppl_ratio", ratio, f"1 ± {allowed.ppl_ratio:g}",
+              abs(ratio - 1) <= allowed.ppl_ratio,
               f"perplexity {perplexities}, standard error of the ratio {error:.2g}"),
     ]  # fmt: skip
 
 
-def check_generation(quant: str, reference: Sequence[Path], written: Sequence[Written]) -> Check:
-    """Say how many greedy tokens the reference would have written too."""
-    tie = limits.GREEDY_TIES[quant]
+def check_generation(
+    reference: Sequence[Path], written: Sequence[Written], *, tie: float, least: float
+) -> Check:
+    """Say how many greedy tokens the reference would have written too.
+
+    Args:
+        reference: its logits over each prompt and what was written after it.
+        written: by the variant.
+        tie: what a token's logit may lack of the reference's best.
+        least: share of tokens that must agree.
+    """
     agreeing = [_agreeing(np.load(p), w, tie=tie) for p, w in zip(reference, written, strict=True)]
     total = sum(len(w.ids) for w in written)
     share = sum(agreeing) / total if total else 1.0
     whole = sum(n == len(w.ids) for n, w in zip(agreeing, written, strict=True))
     detail = f"{sum(agreeing)} of {total} tokens, {whole} of {len(written)} continuations whole"
-    return at_least("generation.greedy", share, limits.GREEDY_AGREEMENT, detail)
+    return at_least("generation.greedy", share, least, detail)
 
 
 def _agreeing(logits: NDArray[np.float32], written: Written, *, tie: float) -> int:

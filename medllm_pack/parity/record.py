@@ -45,6 +45,7 @@ def summary(texts: Texts, verdicts: Sequence[Verdict]) -> dict[str, Any]:
                 "quant": verdict.quant,
                 "passed": verdict.passed,
                 "failed": verdict.failed.name if verdict.failed else None,
+                "limits": [departure.document() for departure in verdict.departures],
             }
             | {name: rounded(verdict.figures.get(name)) for name in _KEY_FIGURES}
             for verdict in verdicts

@@ -26,11 +26,12 @@ from medllm_pack.errors import (
     shown,
 )
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.limits import Departure, Limits
 from medllm_pack.ollama.server import Server
 from medllm_pack.pack import papers
-from medllm_pack.pack.manifest import Document, read_manifest
+from medllm_pack.pack.manifest import Document, read_manifest, recipe_of
 from medllm_pack.pack.sums import SIGNATURE
-from medllm_pack.parity import limits, record, worker
+from medllm_pack.parity import record, worker
 from medllm_pack.parity.cache import Cache, model_key
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
 from medllm_pack.parity.measures import Spread
@@ -40,7 +41,7 @@ from medllm_pack.parity.prompts import check_template, read_beside
 from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.served import Served, check_served, find_served
-from medllm_pack.parity.tensors import check_tensors
+from medllm_pack.parity.tensors import EXACT, check_tensors
 from medllm_pack.parity.texts import Texts, shipped_texts
 from medllm_pack.parity.tokens import (
     STRINGS,
@@ -105,13 +106,15 @@ class _Climb:
     figures: dict[str, float] = field(default_factory=dict)
     spread: Spread | None = None
     tensors: tuple[TensorError, ...] = ()
+    departures: tuple[Departure, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         size = self.header.size if self.header else None
         return Verdict(
-            self.quant, tuple(self.checks), self.figures, self.spread, self.tensors, size
-        )
+            self.quant, tuple(self.checks), self.figures, self.spread, self.tensors, size,
+            self.departures,
+        )  # fmt: skip
 
 
 def check_pack(
@@ -180,6 +183,7 @@ class _Ladder:
         manifest: Document,
         report: Reporter,
     ) -> None:
+        self.limits = Limits(recipe_of(manifest).parity)
         self.original, self.runtime, self.report = original, runtime, report
         self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)
@@ -201,6 +205,13 @@ class _Ladder:
             self._compare_logits(climb, sequences, reference[: len(sequences)], temporary)
             self._compare_writing(climb, [next(ends) for _ in climb.written])
             self._compare_served(climb)
+            self._look_at_limits(climb)
+
+    def _look_at_limits(self, climb: _Climb) -> None:
+        """Note which of the limits that counted are the recipe's."""
+        kinds = [tensor.type for tensor in climb.tensors if tensor.type not in EXACT]
+        rungs = {check.rung for check in climb.checks if check.passed is not None}
+        climb.departures = self.limits.departures(climb.quant, kinds=kinds, rungs=rungs)
 
     def _refer(self, sequences: Sequence[Sequence[int]], temporary: Path) -> list[Path]:
         """Return the reference's logits, from the cache where it has them."""
@@ -230,7 +241,7 @@ class _Ladder:
         metadata = climb.header.metadata
         climb.checks.append(check_settings(metadata, self.original))
         checks, climb.tensors = check_tensors(
-            climb.path, climb.header, self.original, report=self.report
+            climb.path, climb.header, self.original, self.limits, report=self.report
         )
         climb.checks += checks
         climb.checks.append(check_vocabulary(metadata, self.tokenizer))
@@ -271,13 +282,13 @@ class _Ladder:
         self.report.step(f"{climb.quant} as served")
         try:
             modelfile = read_beside(climb.path.parent, climb.entry)
-            climb.checks += check_served(self.served, climb.quant, modelfile, write)
+            climb.checks += check_served(self.served, climb.quant, modelfile, write, self.limits)
         except (SourceError, ModelfileError) as error:
             climb.checks.append(broken("served", str(error)))
 
     def _let_write(self, climb: _Climb, sequences: Sequence[Sequence[int]]) -> None:
         """Let llama.cpp continue the first texts; the reference reads it later."""
-        if climb.quant not in limits.GREEDY_TIES:  # a quantized one may well write otherwise
+        if self.limits.greedy_tie(climb.quant) is None:  # a quantized one may well write otherwise
             return
         self.report.step(f"{climb.quant} writes")
         prompts = [list(ids[:_PROMPT_TOKENS]) for ids in sequences[:_PROMPTS]]
@@ -309,10 +320,11 @@ class _Ladder:
             return
         paths = [temporary / name for name in answer["files"]]
         climb.figures, climb.spread = measure(reference, paths, sequences)
-        climb.checks += check_logits(climb.quant, climb.figures)
+        climb.checks += check_logits(climb.quant, climb.figures, self.limits)
 
     def _compare_writing(self, climb: _Climb, reference: Sequence[Path]) -> None:
         if climb.unwritten:
             climb.checks.append(broken("generation", climb.unwritten))
-        elif climb.written:
-            climb.checks.append(check_generation(climb.quant, reference, climb.written))
+        elif (tie := self.limits.greedy_tie(climb.quant)) is not None and climb.written:
+            least = self.limits.greedy_agreement
+            climb.checks.append(check_generation(reference, climb.written, tie=tie, least=least))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from medllm_pack.errors import ServerError, WorkerError, shown
+from medllm_pack.limits import Limits
 from medllm_pack.ollama.modelfile import Modelfile
 from medllm_pack.ollama.server import Server
 from medllm_pack.ollama.template import Message, Template
-from medllm_pack.parity import limits
 from medllm_pack.parity.checks import Check, at_least, broken
 from medllm_pack.parity.texts import shipped_texts
 
@@ -69,15 +69,17 @@ def find_served(server: Server, model: str, digests: Mapping[str, str]) -> Serve
     return Served(server, model, found[1])
 
 
-def check_served(served: Served, quant: str, modelfile: Modelfile, write: Write) -> list[Check]:
+def check_served(
+    served: Served, quant: str, modelfile: Modelfile, write: Write, limits: Limits
+) -> list[Check]:
     """Return the checks of the rung for the variant that is served."""
     notes = [_opening(note) for note in shipped_texts(count=_PROMPTS).notes]
     template = Template.parse(modelfile.template)
     begin: list[Message] = [("system", modelfile.system)] if modelfile.system else []
     rendered = [template.render(*begin, ("user", note)) for note in notes]
     return [
-        _compare("served.raw", served, quant, notes, notes, write),
-        _compare("served.template", served, quant, notes, rendered, write),
+        _compare("served.raw", served, quant, notes, notes, write, limits),
+        _compare("served.template", served, quant, notes, rendered, write, limits),
     ]
 
 
@@ -87,7 +89,13 @@ def _opening(note: str) -> str:
 
 
 def _compare(
-    name: str, served: Served, quant: str, asked: Sequence[str], read: Sequence[str], write: Write
+    name: str,
+    served: Served,
+    quant: str,
+    asked: Sequence[str],
+    read: Sequence[str],
+    write: Write,
+    limits: Limits,
 ) -> Check:
     try:
         ours = write(read, _TOKENS)
@@ -100,7 +108,7 @@ def _compare(
         ]  # fmt: skip
     except (WorkerError, ServerError) as error:
         return broken(name, str(error))
-    tie = limits.SERVED_TIE
+    tie = limits.served_tie
     agreeing = [
         _agreeing(text, written["texts"], written["margins"], tie)
         for text, written in zip(theirs, ours["written"], strict=True)
@@ -111,7 +119,7 @@ def _compare(
         f"{shown(served.model)} at {served.server.address} writes too"
     )
     share = sum(agreeing) / total if total else 1.0
-    return at_least(name, share, limits.SERVED_AGREEMENT, detail)
+    return at_least(name, share, limits.served_agreement, detail)
 
 
 def _agreeing(text: str, ours: Sequence[str], margins: Sequence[float], tie: float) -> int:

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import GGUFFile
-from medllm_pack.parity import limits
+from medllm_pack.limits import Limits, WeightLimits
 from medllm_pack.parity.checks import Check, TensorError, at_least, at_most, broken, skipped
 from medllm_pack.parity.original import LowRank, Original, Weights
 from medllm_pack.progress import Reporter
 
 Floats = NDArray[np.float64]
 
-_EXACT = ("F32", "F16", "BF16")
+EXACT = ("F32", "F16", "BF16")
 _CHUNK = 1 << 21  # weights looked at together
 _ALIKE = 0.5  # cosine above which a tensor is the base's with something added
 _CHANGED = 0.01  # share of values above which a tensor was changed, not damaged
@@ -46,6 +46,7 @@ class Figures:
         worst: largest error of a weight relative to the largest of its block.
         share: how much of D is in S - W; None where the adapter is silent.
         noise: standard error of ``share``.
+        allowed: limits of its type.
     """
 
     name: str
@@ -59,26 +60,26 @@ class Figures:
     worst: float
     share: float | None
     noise: float
+    allowed: WeightLimits
 
     @property
     def exact(self) -> bool:
         """Whether the type holds F16 values without loss."""
-        return self.kind in _EXACT
+        return self.kind in EXACT
 
     @property
     def right(self) -> bool:
         """Whether the tensor is what it should be, as far as its type allows."""
         if self.exact:
             return self.wrong == 0
-        allowed = limits.weight_limits(self.kind)
-        return self.rmse <= allowed.rmse and self.worst <= allowed.worst
+        return self.rmse <= self.allowed.rmse and self.worst <= self.allowed.worst_block
 
 
 def check_tensors(
-    path: Path, header: GGUFFile, original: Original, *, report: Reporter
+    path: Path, header: GGUFFile, original: Original, limits: Limits, *, report: Reporter
 ) -> tuple[list[Check], tuple[TensorError, ...]]:
     """Return the checks of the rungs *merge* and *weights* of a file, and each tensor's error."""
-    comparer = Comparer(path, original, original.weights())
+    comparer = Comparer(path, original, original.weights(), limits)
     problems = list(comparer.mismatches(header))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
@@ -96,8 +97,9 @@ def check_tensors(
 class Comparer:
     """Reads a file's tensors beside the ones they should be."""
 
-    def __init__(self, path: Path, original: Original, weights: Weights) -> None:
+    def __init__(self, path: Path, original: Original, weights: Weights, limits: Limits) -> None:
         config = original.transformers_config()
+        self.limits = limits
         self.path, self.weights, self.pairs = path, weights, original.pairs
         self.layers = config.num_hidden_layers
         self.head_dim = getattr(config, "head_dim", None) or (
@@ -131,7 +133,10 @@ class Comparer:
             wrong += _count_wrong(stored, expected, exact)
             worst = max(worst, _worst(stored, expected, GGML_QUANT_SIZES[_type(slot)][0]))
             sums += _products(stored, base, added, expected)
-        return _figures(slot, source, sums, wrong, worst, targeted=source in self.pairs)
+        return _figures(
+            slot, source, sums, wrong, worst,
+            targeted=source in self.pairs, allowed=self.limits.weights(slot.type),
+        )  # fmt: skip
 
     def _chunks(
         self, slot: Slot, source: str, *, permuted: bool
@@ -197,8 +202,8 @@ def _merge(comparer: Comparer, slots: Mapping[str, Slot], found: Sequence[Figure
         return skipped("merge.pairs", "the pack was made from weights that were already merged")
     targets = [_in_best_order(comparer, slots, f) for f in found if f.share is not None]
     known = [f for f in targets if f.right or f.cosine_base > _ALIKE]
-    proven = [f for f in known if _holds_adapter(f)]
-    problems = [_merge_problem(f) for f in known if not _holds_adapter(f)]
+    proven = [f for f in known if _holds_adapter(f, comparer.limits)]
+    problems = [_merge_problem(f) for f in known if f not in proven]
     problems += [
         f"{f.name} was changed, and the adapter does not target it"
         for f in found
@@ -226,9 +231,9 @@ def _in_best_order(comparer: Comparer, slots: Mapping[str, Slot], seen: Figures)
     return other if other.cosine_base > seen.cosine_base else seen
 
 
-def _holds_adapter(seen: Figures) -> bool:
+def _holds_adapter(seen: Figures, limits: Limits) -> bool:
     assert seen.share is not None
-    allowed = limits.MERGE_EXACT if seen.exact else limits.MERGE_QUANTIZED
+    allowed = limits.merge(exact=seen.exact)
     return (seen.exact and seen.wrong == 0) or abs(seen.share - 1) <= allowed + 5 * seen.noise
 
 
@@ -254,15 +259,14 @@ def _weights(
     if not coarse:
         return
     reasons = _explained(comparer, slots, [f for f in coarse if not f.right])
-    allowed = {f.name: limits.weight_limits(f.kind) for f in coarse}
-    worst = max(coarse, key=lambda f: f.rmse / allowed[f.name].rmse)
-    yield at_most("weights.rmse", worst.rmse, allowed[worst.name].rmse, reasons or _at(worst))
+    worst = max(coarse, key=lambda f: f.rmse / f.allowed.rmse)
+    yield at_most("weights.rmse", worst.rmse, worst.allowed.rmse, reasons or _at(worst))
     worst = min(coarse, key=lambda f: f.cosine)
-    least = math.sqrt(max(1 - allowed[worst.name].rmse ** 2, 0))
+    least = math.sqrt(max(1 - worst.allowed.rmse**2, 0))
     yield at_least("weights.cosine", worst.cosine, least, reasons or _at(worst))
-    worst = max(coarse, key=lambda f: f.worst / allowed[f.name].worst)
+    worst = max(coarse, key=lambda f: f.worst / f.allowed.worst_block)
     yield at_most(
-        "weights.worst_block", worst.worst, allowed[worst.name].worst, reasons or _at(worst)
+        "weights.worst_block", worst.worst, worst.allowed.worst_block, reasons or _at(worst)
     )
 
 
@@ -363,7 +367,14 @@ def _products(stored: Floats, base: Floats, added: Floats, expected: Floats) -> 
 
 
 def _figures(
-    slot: Slot, source: str, sums: Floats, wrong: int, worst: float, *, targeted: bool
+    slot: Slot,
+    source: str,
+    sums: Floats,
+    wrong: int,
+    worst: float,
+    *,
+    targeted: bool,
+    allowed: WeightLimits,
 ) -> Figures:
     ss, ee, se, xx, sw, ww, sd, wd, dd = (float(value) for value in sums)
     n = math.prod(slot.shape)
@@ -375,6 +386,7 @@ def _figures(
         worst=worst,
         share=(_ratio(sd - wd, dd) if dd else 1.0) if targeted else None,
         noise=_ratio(math.sqrt(xx / n), math.sqrt(dd)),
+        allowed=allowed,
     )  # fmt: skip
 
 

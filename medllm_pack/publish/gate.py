@@ -1,9 +1,10 @@
 """The gate: what a pack must be before anybody else gets it.
 
-Refuses, with every reason at once, a pack that was changed, whose parity is missing or failed, that
-lacks what its licence asks for, or that claims a licence its base does not allow. All but the first
-can be overridden, by name; what was overridden goes into everything that is published, so that who
-receives the model knows. Knows nothing of targets and sends nothing.
+Refuses, with every reason at once, a pack that was changed, whose parity is missing, failed, or was
+judged by limits that its recipe loosened, that lacks what its licence asks for, or that claims a
+licence its base does not allow. All but the first can be overridden, by name; what was overridden
+goes into everything that is published, so that who receives the model knows. Knows nothing of
+targets and sends nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.errors import GateError, MedllmError, UsageError, shown
+from medllm_pack.limits import described
 from medllm_pack.pack import integrity
 from medllm_pack.pack.integrity import Identity
 from medllm_pack.pack.manifest import NAME, Document
@@ -26,10 +28,12 @@ from medllm_pack.publish import licences
 
 PARITY_MISSING = "parity-missing"
 PARITY_FAILED = "parity-failed"
+PARITY_LOOSENED = "parity-loosened"
 LICENCE_CLAIM = "licence-claim"
 LICENCE_DUTY = "licence-duty:"
 
-ACCEPTABLE = (PARITY_MISSING, PARITY_FAILED, LICENCE_CLAIM, f"{LICENCE_DUTY}NAME")
+_PLAIN = (PARITY_MISSING, PARITY_FAILED, PARITY_LOOSENED, LICENCE_CLAIM)
+ACCEPTABLE = (*_PLAIN, f"{LICENCE_DUTY}NAME")
 SCHEMA = 1
 
 # Annotations of what is published; the values are short texts.
@@ -93,6 +97,7 @@ class Permit:
             ],
             "license": self.document["license"]["id"],
             "parity": {variant["quant"]: self._verdict(variant) for variant in self.variants},
+            "limits": {v["quant"]: departures_of(self.document, v["quant"]) for v in self.variants},
             "deviations": list(self.document["deviations"]),
             "overrides": [{"name": o.name, "reason": o.text} for o in self.overrides],
         }
@@ -164,7 +169,7 @@ def parse_overrides(names: Sequence[str]) -> frozenset[str]:
     """
     for name in names:
         duty = name.removeprefix(LICENCE_DUTY)
-        if name not in (PARITY_MISSING, PARITY_FAILED, LICENCE_CLAIM) and duty in (name, ""):
+        if name not in _PLAIN and duty in (name, ""):
             raise UsageError(
                 f"--accept {shown(name)} names nothing that can be accepted; there are "
                 f"{', '.join(ACCEPTABLE)}"
@@ -177,6 +182,12 @@ def verdict_of(document: Mapping[str, Any], quant: str) -> bool | None:
     parity = document["parity"]
     verdicts = {v["quant"]: v["passed"] for v in parity["variants"]} if parity else {}
     return verdicts.get(quant)
+
+
+def departures_of(document: Mapping[str, Any], quant: str) -> list[Document]:
+    """Return the limits of a variant's verdict that are not the shipped ones."""
+    verdicts = document["parity"]["variants"] if document["parity"] else ()
+    return [one for v in verdicts if v["quant"] == quant for one in v.get("limits", ())]
 
 
 def licence_reasons(folder: Path, document: Mapping[str, Any]) -> Iterator[Reason]:
@@ -210,6 +221,18 @@ def parity_reasons(
             PARITY_FAILED,
             f"{', '.join(failed)}: parity says that this is not the model it was made from",
         )
+    if loosened := [text for quant in verdicts for text in _loosened(document, quant)]:
+        yield Reason(
+            PARITY_LOOSENED,
+            f"{'; '.join(loosened)}: the verdict is by limits that the recipe loosened; take them "
+            "out of its table [parity], build again and run medllm-pack parity",
+        )
+
+
+def _loosened(document: Mapping[str, Any], quant: str) -> Iterator[str]:
+    said = [described(one) for one in departures_of(document, quant) if one["looser"]]
+    if said:
+        yield f"{quant}: {', '.join(said)}"
 
 
 def _reasons(

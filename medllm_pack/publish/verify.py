@@ -213,6 +213,8 @@ def parity_check(document: manifest.Document, variants: Sequence[manifest.Docume
         return Check("parity", False, faults[gate.PARITY_FAILED])
     if gate.PARITY_MISSING in faults:
         return Check("parity", None, faults[gate.PARITY_MISSING])
+    if gate.PARITY_LOOSENED in faults:
+        return Check("parity", None, faults[gate.PARITY_LOOSENED])
     return Check("parity", True, "every variant is the model it was made from")
 
 

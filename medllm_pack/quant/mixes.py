@@ -18,18 +18,17 @@ other than its own.
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medllm_pack import resources
-from medllm_pack.errors import RecipeError, UsageError, shown
+from medllm_pack.errors import UsageError, shown
 from medllm_pack.files import read_small
-from medllm_pack.recipe import problems_of
+from medllm_pack.tables import Table, parse_table
 
 _FOLDER = "quant_recipes/mixes"
 
@@ -74,11 +73,7 @@ _Q2_K_S: Final = 21  # LLAMA_FTYPE_MOSTLY_Q2_K_S
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Rule(_Table):
+class Rule(Table):
     """A type for some tensors; every condition that is given must hold."""
 
     # strict=False: TOML has lists where we keep tuples.
@@ -124,7 +119,7 @@ class Rule(_Table):
         return any(condition is not None for condition in conditions)
 
 
-class Mix(_Table):
+class Mix(Table):
     """A file type: the type of most tensors, and rules for the others."""
 
     name: str = Field(
@@ -238,13 +233,7 @@ def requires_importance(mix: Mix, *, tensor: str, kind: str) -> bool:
 
 
 def _read(path: Path) -> Mix:
-    data = read_small(path, limit=1 << 20)
-    try:
-        return Mix.model_validate(tomllib.loads(data.decode("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(path.name, [f"it is not valid TOML: {error}"]) from error
-    except ValidationError as error:
-        raise RecipeError(path.name, problems_of(error, Mix)) from error
+    return parse_table(Mix, read_small(path, limit=1 << 20), subject=path.name)
 
 
 def _place(tensor: str) -> tuple[int, str]:

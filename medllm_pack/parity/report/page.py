@@ -191,7 +191,25 @@ def _checks(variants: list[Any], words: Words) -> Markup:
     for v in variants:
         rows = [_check(c, words) for c in v["checks"]]
         parts += [tag("h3", v["quant"]), _table(v["quant"], heads, rows)]
+        if v["limits"]:
+            parts.append(_own_limits(v, words))
     return tag("section", *parts, class_="checks")
+
+
+def _own_limits(variant: Document, words: Words) -> Markup:
+    """Return which limits were not the shipped ones."""
+    rows = [
+        tag(
+            "tr",
+            tag("th", tag("code", one["name"]), scope="row"),
+            tag("td", words.data(one["used"], "g"), class_="n"),
+            tag("td", words.data(one["shipped"], "g"), class_="n"),
+            tag("td", words("looser" if one["looser"] else "stricter")),
+        )
+        for one in variant["limits"]
+    ]
+    heads = [words(key) for key in ("limit", "limit_used", "limit_shipped", "limit_change")]
+    return _table(words("own_limits", quant=variant["quant"]), heads, rows)
 
 
 def _check(check: Document, words: Words) -> Markup:
