@@ -485,11 +485,21 @@ def test_output_that_is_not_complete_has_no_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bypass", [True, False])
 @pytest.mark.parametrize("columns", [32, 4096])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kept", [0, 3 * 4096, 16 << 20])
+@pytest.mark.parametrize("seed", range(2))
 def test_digest_is_the_files_whatever_the_order_of_the_blocks(
-    tmp_path: Path, seed: int, columns: int, bypass: bool
+    tmp_path: Path,
+    seed: int,
+    kept: int,
+    columns: int,
+    bypass: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of 34 bytes share pages with many others; rows of 4352 hold none, one or two."""
+    """Rows of 34 bytes share pages with many others; rows of 4352 hold none, one or two.
+
+    Blocks whose turn comes late are read back: all, many or none of them.
+    """
+    monkeypatch.setattr("medllm_pack.pack.output._KEPT", kept)
     shapes = [(f"blk.{i}.attn_q.weight", (7, columns), "Q8_0") for i in range(9)]
     layout = lay_out([], [*shapes, ("output_norm.weight", (5,), "F32")], file_type=7)
     output = Output(tmp_path / "x.gguf", layout, direct=bypass)
@@ -511,6 +521,23 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(
     assert len(content) == layout.size
     assert digest == hashlib.sha256(content).hexdigest()
     assert read_gguf(tmp_path / "x.gguf").tensors == layout.slots
+
+
+def test_digest_is_of_what_was_meant_if_the_disk_changes_it(tmp_path: Path) -> None:
+    """Else the digest would vouch for the damage."""
+    layout = lay_out([], [(f"{x}.weight", (64, 64), "F16") for x in "ab"], file_type=1)
+    output = Output(tmp_path / "x.gguf", layout)
+    first, second = layout.slots
+    output.write(second.offset, bytes(second.nbytes))
+    with (tmp_path / "x.gguf").open("r+b") as file:
+        file.seek(second.offset + second.nbytes // 2)
+        file.write(b"?")
+    output.write(first.offset, bytes(first.nbytes))
+    digest = output.finish()
+    output.close()
+    meant = layout.header.ljust(layout.size, b"\0")
+    assert digest == hashlib.sha256(meant).hexdigest()
+    assert digest != hashlib.sha256((tmp_path / "x.gguf").read_bytes()).hexdigest()
 
 
 def test_build_larger_than_memory_gives_the_same_bytes(

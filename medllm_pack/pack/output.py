@@ -3,17 +3,22 @@
 Blocks arrive in any order and begin anywhere; the disk is given whole pages, past the page cache.
 The whole pages of a block are written at once; a page that two blocks share waits for the second.
 A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
-complete from the start, reads it back and digests it while later blocks are still being made. So
-the digest is of what the file holds, not of what was meant to be written, and costs no pass of its
-own.
+complete from the start and digests it while later blocks are still being made. It takes a block
+from memory, where the last few are kept until their turn comes. So the digest is of what was meant
+to be written: what a disk does to it afterwards is found by whoever digests the file. A block whose
+turn comes late, because the input has another order than the output, is read back instead.
 
-Memory: two buffers a file, one window a thread, and a page where two tensors meet.
+Memory: the blocks that wait for their turn, at most :data:`_KEPT` bytes a file; one window a
+thread, and a page where two tensors meet.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +26,10 @@ from numpy.typing import NDArray
 
 from medllm_pack.direct import PAGE, aligned, page_ceil, page_floor, switch_on
 from medllm_pack.errors import WriteError
-from medllm_pack.files import DigestBehind
 from medllm_pack.gguf.layout import Layout
 
-_CHUNK = 4 << 20  # read back and digested at once
+_CHUNK = 1 << 20  # read back and digested at once
+_KEPT = 16 << 20  # kept in memory until digested: four blocks of F16
 _WINDOW = 1 << 20  # copied and written at once; stays in a core's cache
 
 
@@ -45,13 +50,14 @@ class Output:
         self.layout = layout
         self.name = path.name
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._written = _Prefix()
+        self._pieces = _Pieces()
+        self._digested = 0
         self._shared = _SharedPages(layout.size)
         self._window = _Window()
         self._changed = threading.Condition()
         self._stopped = False
         self._error: OSError | None = None
-        self._digest = DigestBehind()
+        self._digest = hashlib.sha256()
         # A daemon: an interrupt while it starts must not leave a process that waits for it.
         self._follower = threading.Thread(
             target=self._follow, name=f"digest {self.name}", daemon=True
@@ -94,8 +100,8 @@ class Output:
             OSError: if the disk says no.
         """
         with self._changed:
-            if self._written.end < self.layout.size:
-                raise WriteError(f"{self.name} is complete only up to byte {self._written.end}")
+            if (end := self._pieces.complete_to()) < self.layout.size:
+                raise WriteError(f"{self.name} is complete only up to byte {end}")
         self._follower.join()
         if self._error is not None:
             raise self._error
@@ -110,7 +116,6 @@ class Output:
             self._changed.notify()
         if self._follower.is_alive():
             self._follower.join()
-        self._digest.close()
         os.close(self._fd)
 
     def _put_part(self, offset: int, part: NDArray[np.uint8]) -> None:
@@ -132,24 +137,38 @@ class Output:
                 n = os.pwrite(self._fd, view, offset)
                 view, offset = view[n:], offset + n
         with self._changed:
-            self._written.add(start, start + data.size)
+            self._pieces.add(start, data)
             self._changed.notify()
 
     def _follow(self) -> None:
-        position, buffer, other = 0, aligned(_CHUNK).data, aligned(_CHUNK).data
+        window = aligned(_CHUNK).data
         try:
-            while position < self.layout.size and (end := self._wait_beyond(position)):
-                n = os.preadv(self._fd, [buffer[: end - position]], position)
-                self._digest.update(buffer[: min(n, self.layout.size - position)])
-                position, buffer, other = position + n, other, buffer
+            while (piece := self._next()) is not None:
+                if piece.data is None:
+                    self._read_back(piece, window)
+                else:
+                    self._digest.update(piece.data[: self.layout.size - piece.start])
+                self._digested = piece.end
         except OSError as error:
             self._error = error
 
-    def _wait_beyond(self, position: int) -> int:
-        """Return where the complete part ends once that is beyond ``position``; 0 if stopped."""
+    def _next(self) -> _Piece | None:
+        """Return the next piece once it is there; None at the end of the file, or if stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._written.end > position)
-            return 0 if self._stopped else self._written.end
+            while not self._stopped and self._digested < self.layout.size:
+                if (piece := self._pieces.take()) is not None:
+                    return piece
+                self._changed.wait()
+            return None
+
+    def _read_back(self, piece: _Piece, window: memoryview) -> None:
+        position = piece.start
+        while position < piece.end:
+            n = os.preadv(self._fd, [window[: piece.end - position]], position)
+            if n == 0:
+                raise OSError(errno.EIO, "a part that was written is not there")
+            self._digest.update(window[: min(n, self.layout.size - position)])
+            position += n
 
 
 class _Window(threading.local):
@@ -181,18 +200,50 @@ class _SharedPages:
         return None
 
 
-class _Prefix:
-    """The part of a file that is complete from its start, while pieces come in any order."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Whole pages that were written; their bytes, or None if they are to be read back."""
+
+    start: int
+    end: int
+    data: NDArray[np.uint8] | None
+
+
+class _Pieces:
+    """Pieces of a file that were written in any order and wait to be digested."""
 
     def __init__(self) -> None:
-        self.end = 0
-        self._ahead: dict[int, int] = {}
+        self._taken = 0  # all before it was handed out
+        self._ends: dict[int, int] = {}
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._kept_bytes = 0
 
-    def add(self, start: int, end: int) -> None:
-        if start == end:
-            return
-        if start < self.end or start in self._ahead:
-            raise AssertionError(f"bytes {start} to {end} are written twice")
-        self._ahead[start] = end
-        while self.end in self._ahead:
-            self.end = self._ahead.pop(self.end)
+    def add(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Note a piece; forget the bytes of those furthest ahead if they get too many."""
+        if start < self._taken or start in self._ends:
+            raise AssertionError(f"bytes {start} to {start + data.size} are written twice")
+        self._ends[start] = start + data.size
+        self._kept[start] = data
+        self._kept_bytes += data.size
+        while self._kept_bytes > _KEPT:
+            self._forget(max(self._kept))
+
+    def take(self) -> _Piece | None:
+        """Return the next piece in the order of the file, or None if it is not there yet."""
+        start = self._taken
+        if start not in self._ends:
+            return None
+        self._taken = self._ends.pop(start)
+        return _Piece(start, self._taken, self._forget(start))
+
+    def complete_to(self) -> int:
+        """Return where the part ends that is complete from the start of the file."""
+        end = self._taken
+        while end in self._ends:
+            end = self._ends[end]
+        return end
+
+    def _forget(self, start: int) -> NDArray[np.uint8] | None:
+        data = self._kept.pop(start, None)
+        self._kept_bytes -= data.size if data is not None else 0
+        return data
