@@ -499,7 +499,7 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(
 
     Blocks whose turn comes late are read back: all, many or none of them.
     """
-    monkeypatch.setattr("medllm_pack.pack.output._KEPT", kept)
+    monkeypatch.setattr("medllm_pack.pack.output.KEPT_BYTES", kept)
     shapes = [(f"blk.{i}.attn_q.weight", (7, columns), "Q8_0") for i in range(9)]
     layout = lay_out([], [*shapes, ("output_norm.weight", (5,), "F32")], file_type=7)
     output = Output(tmp_path / "x.gguf", layout, direct=bypass)

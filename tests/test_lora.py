@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from medllm_pack.errors import AdapterError
-from medllm_pack.weights.half import to_half
+from medllm_pack.pack.half import to_half
 from medllm_pack.weights.lora import Adapter, Merged, parse_config
 from medllm_pack.weights.merging import add_low_rank, round_to_half
 from medllm_pack.weights.safetensors import Checkpoint

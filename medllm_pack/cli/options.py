@@ -45,9 +45,7 @@ TemplateOpt = Annotated[
 ]
 ThreadsOpt = Annotated[
     int | None,
-    typer.Option(
-        min=1, max=256, metavar="N", help="blocks worked on at once; all processors if absent"
-    ),
+    typer.Option(min=1, max=256, metavar="N", help="processors to keep busy; all if absent"),
 ]
 DeviceOpt = Annotated[
     DeviceName,

@@ -68,7 +68,7 @@ def plan_document(plan: Plan, *, threads: int | None) -> dict[str, Any]:
         "download_bytes": sum(plan.inputs.model.remote.values()),
         "write_bytes": plan.bytes_to_write,
         "disk_free_bytes": disk_free(plan.request.out),
-        "memory_bytes": _memory(threads),
+        "memory_bytes": _memory(plan, threads),
         "license": {"id": plan.recipe.license.id, "missing": list(plan.open_duties)},
         "deviations": list(plan.deviations),
         "notices": list(plan.notices),
@@ -233,7 +233,7 @@ def _shown(value: object, verbose: bool) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
-def _memory(threads: int | None) -> int:
+def _memory(plan: Plan, threads: int | None) -> int:
     from medllm_pack.pack.build import memory_bytes
 
-    return memory_bytes(threads or len(os.sched_getaffinity(0)))
+    return memory_bytes(len(plan.files), threads=threads or len(os.sched_getaffinity(0)))

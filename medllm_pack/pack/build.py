@@ -27,12 +27,12 @@ from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import manifest, papers
-from medllm_pack.pack.output import Output
+from medllm_pack.pack.half import finite, to_half
+from medllm_pack.pack.output import KEPT_BYTES, Output
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.quant import kernels
 from medllm_pack.quant.device import DeviceName
-from medllm_pack.weights.half import finite, to_half
 from medllm_pack.weights.lora import Merged
 from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
 
@@ -75,8 +75,8 @@ def build(
 
     Args:
         plan: from :func:`~medllm_pack.pack.plan.make_plan`, with all weights at hand.
-        threads: blocks worked on at once; the number of processors this process may use if None.
-            The bytes do not depend on it.
+        threads: processors to keep busy; those this process may use if None. The bytes do
+            not depend on it.
         device: where to quantize. The bytes do not depend on it: a device proves itself first.
         report: listener.
 
@@ -191,11 +191,17 @@ class _Converter:
             target.put(rows.start, encoded[target.slot.type])
 
 
-def memory_bytes(threads: int) -> int:
-    """Return the peak memory of a build of LLaMA-2-7B's width, roughly; measured in docs/log.md."""
-    # The interpreter with numpy and numba, and a block as it is read, merged, rounded, widened
-    # and quantized, for every thread.
-    return (170 << 20) + (threads + 1) * BLOCK_WEIGHTS * 24
+def memory_bytes(files: int, *, threads: int) -> int:
+    """Return the peak memory of a build of LLaMA-2-7B's width, roughly; measured in docs/log.md.
+
+    Args:
+        files: GGUF files written at once.
+        threads: as for :func:`build`.
+    """
+    # The interpreter with numpy and numba; for every worker a block as it is read, merged, rounded,
+    # widened and quantized; for every file what waits for its digest.
+    block = BLOCK_WEIGHTS * (22 + 2 * files)
+    return (170 << 20) + (threads + 1) * block + files * KEPT_BYTES
 
 
 def _quantizer(needs: set[tuple[str, bool]], device: DeviceName, report: Reporter) -> Quantizer:

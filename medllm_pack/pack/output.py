@@ -8,7 +8,7 @@ from memory, where the last few are kept until their turn comes. So the digest i
 to be written: what a disk does to it afterwards is found by whoever digests the file. A block whose
 turn comes late, because the input has another order than the output, is read back instead.
 
-Memory: the blocks that wait for their turn, at most :data:`_KEPT` bytes a file; one window a
+Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; one window a
 thread, and a page where two tensors meet.
 """
 
@@ -29,7 +29,7 @@ from medllm_pack.errors import WriteError
 from medllm_pack.gguf.layout import Layout
 
 _CHUNK = 1 << 20  # read back and digested at once
-_KEPT = 16 << 20  # kept in memory until digested: four blocks of F16
+KEPT_BYTES = 16 << 20  # kept in memory until digested: four blocks of F16
 _WINDOW = 1 << 20  # copied and written at once; stays in a core's cache
 
 
@@ -147,7 +147,7 @@ class Output:
                 if piece.data is None:
                     self._read_back(piece, window)
                 else:
-                    self._digest.update(piece.data[: self.layout.size - piece.start])
+                    self._digest.update(piece.data[: self.layout.size - piece.start].data)
                 self._digested = piece.end
         except OSError as error:
             self._error = error
@@ -225,7 +225,7 @@ class _Pieces:
         self._ends[start] = start + data.size
         self._kept[start] = data
         self._kept_bytes += data.size
-        while self._kept_bytes > _KEPT:
+        while self._kept_bytes > KEPT_BYTES:
             self._forget(max(self._kept))
 
     def take(self) -> _Piece | None:
