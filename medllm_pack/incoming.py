@@ -22,6 +22,33 @@ _WINDOW: Final = 4 << 20  # whole pages
 _WINDOWS: Final = 3
 
 
+class Passing:
+    """Takes the place of an :class:`Incoming` where nothing is to be kept but the digest."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._told = advance, 0
+        self.restart()
+
+    def take_up(self, most: int) -> None:
+        """Begin; there is nothing of an earlier run."""
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._hash.update(data)
+        self.offset += len(data)
+        if self.offset > self._told:
+            self._advance(self.offset - self._told)
+            self._told = self.offset
+
+    def restart(self) -> None:
+        """Forget what was taken."""
+        self.offset, self._hash = 0, hashlib.sha256()
+
+    def finish(self) -> str:
+        """Return the SHA-256 of what was taken."""
+        return self._hash.hexdigest()
+
+
 class Incoming:
     """A partial file being filled; use it as a context manager.
 

@@ -67,6 +67,7 @@ class Faults:
     ignore_range: bool = False
     wrong_ranges: int = 0
     wrong_bytes: set[str] = field(default_factory=set)
+    flipped: set[str] = field(default_factory=set)  # the last byte is another
     extra_bytes: int = 0
     etags: dict[str, str] = field(default_factory=dict)  # announced instead of the right one
     sizes: dict[str, int] = field(default_factory=dict)  # listed instead of the right one
@@ -258,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         record.name = name
         if name in faults.wrong_bytes:
             data = bytes(len(data) - 1) + b"\xff"
+        if name in faults.flipped:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         data += bytes(faults.extra_bytes)
         start, status, stop = record.start, 200, record.stop
         if (start or stop) and not faults.ignore_range:

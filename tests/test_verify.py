@@ -91,7 +91,7 @@ def test_a_whole_signed_pack_is_verified(
     code, said = verify(capsys, pack, "--key", keys[1])
     assert code == 0
     assert "verified: no check says no" in said
-    assert len(re.findall(r"^\S+ +yes ", said, re.MULTILINE)) == 10
+    assert len(re.findall(r"^\S+ +yes ", said, re.MULTILINE)) == 11
 
 
 def test_json_holds_every_check(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def pull(
 
     pulled = pull_from_hub(target, out, quants=quants, replace=replace, report=report)
     overrides = list(pulled.overrides)
-    return {"commit": pulled.commit, "variants": list(pulled.quants), "overrides": overrides}
+    return {"commit": pulled.commit, "overrides": overrides}
 
 
 def inspect(text: str, output: Output) -> None:

@@ -68,12 +68,27 @@ def pull(
             case HubTarget():
                 quants = o.listed(quant)
                 document |= hub.pull(target, out, quants=quants, replace=force, report=report)
+    document |= _variants(out)
     output.result(document, lambda: _show(output, document))
+
+
+def _variants(folder: Path) -> dict[str, Any]:
+    """Return which variants came, of how many; nothing of weights that others made."""
+    from medllm_pack.pack import manifest
+
+    if not (folder / manifest.NAME).exists():
+        return {"variants": [], "of": 0}
+    pack = manifest.read_manifest(folder)
+    came = [variant["quant"] for variant in manifest.here(folder, pack)]
+    return {"variants": came, "of": len(pack["variants"])}
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:
     from medllm_pack.publish.publication import sentence
 
     output.line(f"{document['folder']} is ready")
+    if len(document["variants"]) < document["of"]:
+        named = ", ".join(document["variants"])
+        output.line(f"{len(document['variants'])} of the {document['of']} variants came: {named}")
     if overrides := document["overrides"]:
         output.line(sentence(overrides))

@@ -44,6 +44,10 @@ PasswordOpt = Annotated[
     typer.Option(metavar="NAME", help="environment variable that holds the key's password"),
 ]
 
+DownloadOpt = Annotated[
+    bool,
+    typer.Option("--download", help="read every byte of what was published; nothing is kept"),
+]
 RebuildOpt = Annotated[
     bool, typer.Option("--rebuild", help="build again from the same inputs and compare digests")
 ]
@@ -83,6 +87,7 @@ def verify(
     subject: SubjectArg,
     key: PublicOpt = None,
     quant: QuantOpt = None,
+    download: DownloadOpt = False,
     rebuild: RebuildOpt = False,
     base: o.BaseOpt = None,
     adapter: o.AdapterOpt = None,
@@ -99,16 +104,23 @@ def verify(
     quiet: o.QuietOpt = False,
 ) -> None:
     """Check digests, papers, licence duties, parity and signature; exit code 3 if one says no."""
+    from medllm_pack.publish.targets import is_target
+
     if not rebuild and any((base, adapter, merged, imatrix, template, recipe, threads)):
         raise typer.BadParameter("inputs, recipe and threads are those of --rebuild; add it")
     if rebuild and not Path(subject).is_dir():
         raise typer.BadParameter("--rebuild needs the folder of a pack")
+    if download and not is_target(subject):
+        raise typer.BadParameter("--download is for what was published; files here are read anyway")
+    if quant and not Path(subject).is_dir():
+        raise typer.BadParameter("--quant is for the folder of a pack")
     output = Output(json=json, quiet=quiet or json)
     with output.reporter() as report:
         if "://" in subject:
             verified = _published(
-                subject, key, lambda: r.access(insecure, ca, allow_host, auth_host), report
-            )
+                subject, key, lambda: r.access(insecure, ca, allow_host, auth_host), report,
+                download=download,
+            )  # fmt: skip
         else:
             verified = _verified(Path(subject), key, o.listed(quant), report)
         if rebuild and not verified.failed:
@@ -137,11 +149,13 @@ def _verified(subject: Path, key: Path | None, quants: Sequence[str], report: Re
         raise UsageError("--key checks the signature of a pack; a single file has none")
     if subject.suffix.lower() == ".gguf":
         return checks.verify_gguf(subject, report=report)
-    return checks.verify_bundle(subject, report=report)
+    from medllm_pack.publish.verify_published import verify_bundle
+
+    return verify_bundle(subject, report=report)
 
 
 def _published(
-    text: str, key: Path | None, access: Callable[[], Access], report: Reporter
+    text: str, key: Path | None, access: Callable[[], Access], report: Reporter, *, download: bool
 ) -> Verified:
     from medllm_pack.errors import UsageError
     from medllm_pack.publish.targets import BundleTarget, RegistryTarget, parse_target
@@ -155,10 +169,10 @@ def _published(
         entry = access()  # says which extra is missing, before the next line fails on it
         from medllm_pack.publish.verify_published import verify_registry
 
-        return verify_registry(target, access=entry, report=report)
-    from medllm_pack.publish.verify_published import verify_hub
+        return verify_registry(target, access=entry, report=report, download=download)
+    from medllm_pack.publish.verify_hub import verify_hub
 
-    return verify_hub(target, report=report)
+    return verify_hub(target, report=report, download=download)
 
 
 def _show(output: Output, verified: Verified) -> None:

@@ -95,7 +95,7 @@ def image_of(creation: Creation, *, weights: Path, size: int, digest: Digest) ->
         GGUFError: if the header is damaged.
     """
     model = Blob(MODEL, digest, size, weights)
-    layers = (model, *_text_layers(creation))
+    layers = (model, *text_layers(creation))
     config = Blob.of(gojson.encode(_config(read_gguf(weights))), CONFIG)
     entries = [
         layer.descriptor() | ({"from": creation.file} if layer is model else {}) for layer in layers
@@ -128,7 +128,8 @@ def _config(header: GGUFFile) -> dict[str, gojson.Value]:
     }
 
 
-def _text_layers(creation: Creation) -> Iterator[Blob]:
+def text_layers(creation: Creation) -> Iterator[Blob]:
+    """Yield the layers beside the weights, in Ollama's order."""
     yield Blob.of(creation.template.encode(), TEMPLATE)
     if creation.system:
         yield Blob.of(creation.system.encode(), SYSTEM)

@@ -7,7 +7,8 @@ inputs, recipe and tools give the same bytes. A pack is trusted by this file, no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 import medllm_pack
 from medllm_pack import files
-from medllm_pack.errors import SourceError, shown
+from medllm_pack.errors import SourceError, UsageError, shown
 from medllm_pack.pack.plan import Plan, PlannedFile
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import Recipe
@@ -89,6 +90,26 @@ def read_manifest(folder: Path) -> Document:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise SourceError(f"{NAME} in {shown(folder)} is not of schema {SCHEMA}")
     return document
+
+
+def chosen(document: Document, quants: Sequence[str]) -> tuple[Document, ...]:
+    """Return the entries of the variants that are named, in the pack's order; all if none is.
+
+    Raises:
+        UsageError: naming a variant that the pack does not have.
+    """
+    known = {variant["quant"]: variant for variant in document["variants"]}
+    wanted = {quant.strip().lower() for quant in quants} or set(known)
+    if unknown := sorted(wanted - set(known)):
+        raise UsageError(
+            f"the pack has no variant {shown(unknown[0])}; it has {', '.join(sorted(known))}"
+        )
+    return tuple(variant for quant, variant in known.items() if quant in wanted)
+
+
+def here(folder: Path, document: Document) -> tuple[Document, ...]:
+    """Return the entries of the variants whose weights are in a folder: a pack may be a part."""
+    return tuple(v for v in document["variants"] if os.path.lexists(folder / v["file"]))
 
 
 def recipe_of(document: Document) -> Recipe:

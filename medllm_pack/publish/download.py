@@ -2,7 +2,8 @@
 
 What was fetched stays in a ``.part`` file beside; its bytes are digested again before more is asked
 for, so a digest always covers every byte of the file. Not one byte more than stated is kept.
-Also a reader that fetches only the ranges that are read. Memory: one piece.
+Also the digest alone, without a file, and a reader that fetches only the ranges that are read.
+Memory: one piece.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import httpx
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
-from medllm_pack.incoming import Incoming
+from medllm_pack.incoming import Incoming, Passing
 from medllm_pack.publish.bodies import pieces
 from medllm_pack.publish.registry import Registry
 from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
@@ -56,10 +57,24 @@ def fetch_blob(
         files.sync_folder(path.parent)
 
 
+def digest_blob(
+    registry: Registry, digest: Digest, size: int, advance: Callable[[int], None]
+) -> str:
+    """Return the SHA-256 of what a registry gives as a blob; nothing of it is kept.
+
+    Raises:
+        InterruptedTransferError: if it does not come.
+        TransferError: if the registry refuses it, or has another number of bytes.
+    """
+    return _Download(registry, digest, size, Passing(advance)).run()
+
+
 class _Download:
     """A ``.part`` file that grows to its size."""
 
-    def __init__(self, registry: Registry, digest: Digest, size: int, part: Incoming) -> None:
+    def __init__(
+        self, registry: Registry, digest: Digest, size: int, part: Incoming | Passing
+    ) -> None:
         self.registry, self.digest, self.size, self.part = registry, digest, size, part
         self.patience = registry.door.access.patience
 

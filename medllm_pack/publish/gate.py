@@ -20,7 +20,7 @@ from medllm_pack.errors import GateError, MedllmError, UsageError, shown
 from medllm_pack.limits import described
 from medllm_pack.pack import integrity
 from medllm_pack.pack.integrity import Identity
-from medllm_pack.pack.manifest import NAME, Document
+from medllm_pack.pack.manifest import NAME, Document, chosen
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter, Silent
@@ -260,21 +260,6 @@ def _faults(
     sizes = {variant["file"]: variant["size"] for variant in variants}
     yield from integrity.digest_faults(folder, wanted, report=report, sizes=sizes)
     yield from integrity.header_faults(folder, document, variants)
-
-
-def chosen(document: Document, quants: Sequence[str]) -> tuple[Document, ...]:
-    """Return the entries of pack.json of the variants; all if none is named.
-
-    Raises:
-        UsageError: if there is no such variant.
-    """
-    known = {variant["quant"]: variant for variant in document["variants"]}
-    wanted = {quant.lower() for quant in quants} or set(known)
-    if unknown := sorted(wanted - set(known)):
-        raise UsageError(
-            f"the pack has no variant {shown(unknown[0])}; it has {', '.join(sorted(known))}"
-        )
-    return tuple(variant for quant, variant in known.items() if quant in wanted)
 
 
 def _identities(folder: Path) -> dict[str, Identity]:

@@ -86,11 +86,17 @@ def look_at_hub(
     if not names:
         raise SourceError(f"{target.repository} holds no GGUF file at {shown(hub.commit[:12])}")
     document, sums = hub.manifest() if hub.has(PACK_JSON) and hub.has(SUMS) else (None, {})
-    found = tuple(_look(hub, name) for name in names)
+    found = tuple(look(hub, name) for name in names)
     return HubLook(target, hub.commit, document, found, lambda: hub.overrides(sums))
 
 
-def _look(hub: HubFiles, name: str) -> HubFile:
+def look(hub: HubFiles, name: str) -> HubFile:
+    """Return one GGUF file, its header fetched.
+
+    Raises:
+        SourceError: if it does not come.
+        GGUFError: if it breaks a rule of the format.
+    """
     item = hub.item(name)
     file = RemoteFile(item, hub.commit, address=hub.address, patience=hub.patience)
     header = read_header(file, size=item.size, name=name)

@@ -17,11 +17,10 @@ from pathlib import Path
 from medllm_pack import files
 from medllm_pack.errors import SourceError, UsageError
 from medllm_pack.ollama.placing import place
-from medllm_pack.pack.manifest import Document
+from medllm_pack.pack.manifest import Document, chosen
 from medllm_pack.pack.sums import BESIDE, SUMS
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.hub_files import HubFiles, checked
-from medllm_pack.publish.make import chosen
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Patience
 

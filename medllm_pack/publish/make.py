@@ -13,11 +13,11 @@ from pathlib import Path
 
 from medllm_pack import files
 from medllm_pack.digests import Digest
-from medllm_pack.errors import SourceError, UsageError, shown
+from medllm_pack.errors import SourceError, shown
 from medllm_pack.ollama.create import Creation, image_of
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
-from medllm_pack.pack.manifest import Document, read_manifest
+from medllm_pack.pack.manifest import Document, chosen, read_manifest
 from medllm_pack.pack.sums import SUMS, checked_name
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish import papers
@@ -65,20 +65,6 @@ def make_release(
         tags = _tags(entry["quant"], prefix, default=entry["quant"] == default)
         images.append(Tagged(entry["quant"], tags, image, (papers.attach(image, found),)))
     return Release(tuple(images))
-
-
-def chosen(document: Document, quants: Sequence[str]) -> list[Document]:
-    """Return the entries of pack.json for the variants that were asked for, in the pack's order.
-
-    Raises:
-        UsageError: naming a variant that the pack does not have.
-    """
-    entries = {entry["quant"]: entry for entry in document["variants"]}
-    wanted = [quant.strip().lower() for quant in quants] or list(entries)
-    for quant in wanted:
-        if quant not in entries:
-            raise UsageError(f"the pack has no variant {shown(quant)}; it has {', '.join(entries)}")
-    return [entry for quant, entry in entries.items() if quant in wanted]
 
 
 def default_quant(quants: Sequence[str]) -> str:

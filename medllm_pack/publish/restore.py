@@ -47,7 +47,7 @@ def restore(
         WriteError: if the folder exists or cannot be written.
     """
     report = report or Silent()
-    papers = _papers(release)
+    papers = papers_of(release)
     weights = _weights_names(release, papers)
     with files.new_folder(out, replace=replace) as folder, files.translated(out):
         blobs = {name: read.weights_of(tagged.image) for name, tagged in weights.items()}
@@ -67,7 +67,7 @@ def recipe_name(release: Release) -> str:
     Raises:
         UsageError: if the release has no pack.json to say so.
     """
-    papers = _papers(release)
+    papers = papers_of(release)
     if papers is None:
         raise UsageError("these images came without a pack's papers; say --name ns/model:tag")
     try:
@@ -76,7 +76,7 @@ def recipe_name(release: Release) -> str:
         raise SourceError("the attached pack.json does not describe a pack") from error
 
 
-def _papers(release: Release) -> dict[str, bytes] | None:
+def papers_of(release: Release) -> dict[str, bytes] | None:
     """Return the papers of all images, which must be the same; None if they have none."""
     found = [[paper for paper in tagged.attached if is_pack(paper)] for tagged in release.images]
     if not any(found):

@@ -1,13 +1,13 @@
 """Is a pack what it says it is? Every check that needs nothing but the pack, and a signer's key.
 
-A check says yes, no, or that it was not asked. Nothing is repaired and nothing is written. Files of
-other forms, a GGUF or a bundle, get the checks that make sense for them.
+A check says yes, no, or that it was not asked. Nothing is repaired and nothing is written. A GGUF
+file alone gets the checks that make sense for it; what was published is in verify_published.py and
+verify_hub.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def verify_pack(
     Args:
         folder: the pack.
         key: the signer's public key; the signature is not checked without.
-        quants: only these variants; weights of others may be missing. All if empty.
+        quants: only these variants, which must be here. If empty, those that are: a pack may have
+            been fetched in part, and the check of the variants tells which.
         report: listener.
 
     Raises:
@@ -89,9 +90,9 @@ def verify_pack(
     if not any((folder / name).exists() for name in (manifest.NAME, SUMS)):
         raise SourceError(f"{shown(folder)} is no pack: there is no {manifest.NAME} in it")
     checks: list[Check] = []
-    document = _attempt(checks, "pack.json", lambda: read_pack(folder))
-    sums = _attempt(checks, "sums", lambda: read_sums(folder))
-    variants = gate.chosen(document, quants) if document is not None else ()
+    document = attempt(checks, "pack.json", lambda: read_pack(folder))
+    sums = attempt(checks, "sums", lambda: read_sums(folder))
+    variants = _here(folder, document, quants) if document is not None else ()
     if sums is not None:
         spared = _weights(document) - {v["file"] for v in variants} if document else set()
         read = {name: digest for name, digest in sums.items() if name not in spared}
@@ -103,6 +104,7 @@ def verify_pack(
         checks.append(all_of("agreement", integrity.agreement_faults(document, sums),
                            "pack.json and SHA256SUMS state the same digests"))  # fmt: skip
     if document is not None:
+        checks.append(variants_check(document, variants))
         checks += _of_document(folder, document, variants)
     checks.append(_signature(folder, key))
     return Verified(str(folder), tuple(checks))
@@ -118,7 +120,7 @@ def verify_gguf(path: Path, *, report: Reporter) -> Verified:
     if not (path.parent / SUMS).exists():
         checks.append(Check("digest", None, f"there is no {SUMS} beside the file"))
         return Verified(str(path), tuple(checks))
-    sums = _attempt(checks, "sums", lambda: read_sums(path.parent))
+    sums = attempt(checks, "sums", lambda: read_sums(path.parent))
     if sums is not None and path.name not in sums:
         checks.append(Check("digest", False, f"{SUMS} does not name {path.name}"))
     elif sums is not None:
@@ -127,37 +129,26 @@ def verify_gguf(path: Path, *, report: Reporter) -> Verified:
     return Verified(str(path), tuple(checks))
 
 
-def verify_bundle(path: Path, *, report: Reporter) -> Verified:
-    """Check a bundle: its form, every blob, and that its papers speak of its weights."""
-    from medllm_pack.publish.bundle import read_bundle
-    from medllm_pack.publish.publication import overrides_of
-
-    checks: list[Check] = []
-    release = _attempt(checks, "bundle", lambda: read_bundle(path, report=report))
-    for tagged in release.images if release else ():
-        model = next(b for b in tagged.image.layers if b.media_type.endswith(".image.model"))
-        said = {v["quant"]: v["sha256"] for v in _pack_json(tagged.attached).get("variants", ())}
-        same = said.get(tagged.quant) == model.digest.hex
-        fact = "is the file" if same else "is not the file"
-        checks.append(Check(f"weights {tagged.quant}", same, f"{model.digest} {fact} of pack.json"))
-    if release is not None:
-        attached = [image for tagged in release.images for image in tagged.attached]
-        checks.append(publication_check(lambda: overrides_of(attached)))
-    return Verified(str(path), tuple(checks))
+def variants_check(document: manifest.Document, here: Sequence[manifest.Document]) -> Check:
+    """Return how many of a pack's variants were looked at; not asked of the others."""
+    named = ", ".join(variant["quant"] for variant in here)
+    n, m = len(here), len(document["variants"])
+    if n == 0:
+        return Check("variants", False, f"none of {m} is here")
+    if n == m:
+        return Check("variants", True, f"{n} of {m} are here: {named}")
+    return Check(
+        "variants",
+        None,
+        f"{n} of {m} are here and were checked: {named}; nothing is said of the others",
+    )
 
 
-def _pack_json(attached: Iterable[Any]) -> Mapping[str, Any]:
-    for image in attached:
-        names = {
-            layer.get("annotations", {}).get("org.opencontainers.image.title"): layer["digest"]
-            for layer in json.loads(image.manifest)["layers"]
-        }
-        for blob in image.layers:
-            if str(blob.digest) == names.get(manifest.NAME):
-                with blob.open() as file:
-                    content: Mapping[str, Any] = json.loads(file.read())
-                return content
-    return {}
+def _here(
+    folder: Path, document: manifest.Document, quants: Sequence[str]
+) -> Sequence[manifest.Document]:
+    """Return the variants that are meant; if none is named those whose weights are here."""
+    return manifest.chosen(document, quants) if quants else manifest.here(folder, document)
 
 
 def _weights(document: manifest.Document) -> set[str]:
@@ -207,6 +198,8 @@ def _paper_faults(folder: Path, document: manifest.Document) -> Iterable[str]:
 
 def parity_check(document: manifest.Document, variants: Sequence[manifest.Document]) -> Check:
     """Return what parity said of variants; not asked if it was not run."""
+    if not variants:
+        return Check("parity", None, "there is no variant to speak of")
     reasons = gate.parity_reasons(document, variants)
     faults = {reason.name: reason.text for reason in reasons}
     if gate.PARITY_FAILED in faults:
@@ -247,7 +240,7 @@ def all_of(name: str, faults: Iterable[str], good: str) -> Check:
     return Check(name, False, f"{found[0]}{more}")
 
 
-def _attempt(checks: list[Check], name: str, do: Callable[[], Any]) -> Any:
+def attempt(checks: list[Check], name: str, do: Callable[[], Any]) -> Any:
     """Return what ``do`` returns; note a check that says no, and return None, if it cannot."""
     try:
         result = do()

@@ -1,112 +1,173 @@
-"""Is what was published what its pack says? Asked of a registry or the Hub, without the weights.
+"""Is what was published what its pack says? Asked of a bundle, or of a registry.
 
-The digest of the weights is what the other side states; their header is fetched and read by the
-strict reader, the papers are fetched and checked. Only a pull compares every byte.
+Papers are read and checked like a pack's, the header of the weights by the strict reader, and the
+texts that Ollama gets against the Modelfile. A registry states the digest of the weights; where
+every byte is asked for, every blob is read to its end, digested on the way, and kept nowhere. What
+a repository of the Hub needs otherwise is in verify_hub.py.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from medllm_pack.errors import SourceError
+from medllm_pack.digests import Digest
+from medllm_pack.errors import GGUFError, MedllmError, SourceError, TransferError
 from medllm_pack.gguf.reader import GGUFFile, read_header
+from medllm_pack.ollama import create
+from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.pack import integrity, manifest
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.credentials import exposed
-from medllm_pack.publish.papers import names_of
+from medllm_pack.publish.make import creation_of
 from medllm_pack.publish.publication import overrides_of
-from medllm_pack.publish.targets import HubTarget, RegistryTarget
+from medllm_pack.publish.release import Release, Tagged
+from medllm_pack.publish.restore import papers_of
+from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.verify import (
     Check,
     Verified,
     all_of,
+    attempt,
     of_papers,
-    parity_check,
     publication_check,
+    variants_check,
 )
 
-_UNREAD = Check("bytes", None, "the weights were not fetched; pull compares every byte")
+UNREAD = Check("bytes", None, "the weights were not fetched; --download compares every byte")
 
 
-def verify_registry(target: RegistryTarget, *, access: Any, report: Reporter) -> Verified:
+def verify_bundle(path: Path, *, report: Reporter) -> Verified:
+    """Check a bundle: its form, every blob, its papers, and that they speak of its weights."""
+    from medllm_pack.publish.bundle import read_bundle
+
+    checks: list[Check] = []
+    release = attempt(checks, "bundle", lambda: read_bundle(path, report=report))
+    if release is not None:
+        checks += _of_release(release, lambda blob: blob.open(), report)
+    return Verified(str(path), tuple(checks))
+
+
+def verify_registry(
+    target: RegistryTarget, *, access: Any, report: Reporter, download: bool = False
+) -> Verified:
     """Check what a reference names.
+
+    Args:
+        target: the reference.
+        access: how we get in.
+        report: listener.
+        download: read every blob and compare its digest; nothing of the weights is kept.
 
     Raises:
         TransferError: if it is not there, or the registry does not answer.
-        SourceError: if it is no model, or came without a pack's papers.
+        SourceError: if it is no model, or came without a pack's papers and no bytes are asked for.
     """
     from medllm_pack.publish.download import open_remote
     from medllm_pack.publish.pull import fetched, head
     from medllm_pack.publish.registry import opened
+    from medllm_pack.publish.transport import InterruptedTransferError
 
     for line in exposed(target.kind):
         report.notice(line)
-    report.step("papers and header")
     with opened(target, access) as registry, TemporaryDirectory(prefix="medllm-verify-") as place:
         found = head(registry)
-        if len(found.papers) != 1:
-            raise SourceError(f"{target} came without the papers of one pack; nothing to compare")
-        blobs, folder = Path(place, "blobs"), Path(place, "pack")
-        blobs.mkdir()
-        folder.mkdir()
-        attached = fetched(found.attached, registry, blobs, report)
-        for name, digest in names_of(found.papers[0].manifest).items():
-            shutil.copyfile(blobs / digest.file_name, folder / name)
-        weights = read.weights_of(found.image)
-        remote = open_remote(registry, weights.digest, weights.size)
-        header = read_header(remote, size=weights.size, name=str(target))
-        checks = _papers(folder, report)
-        checks += _weights(folder, weights.digest.hex, header)
-        checks.append(publication_check(lambda: overrides_of(attached)))
-    return Verified(str(target), (*checks, _UNREAD))
+        if not found.papers and not download:
+            raise SourceError(
+                f"{target} came without the papers of a pack; --download compares its bytes"
+            )
+        every = _bytes(registry, (found.image, *found.attached), report) if download else UNREAD
+        checks: list[Check] = []
+        if every.passed is not False:
+            report.step("papers and header")
+            try:
+                attached = fetched(found.attached, registry, Path(place), report)
+            except InterruptedTransferError:
+                raise  # not knowing is no answer
+            except TransferError as error:
+                checks.append(Check("papers", False, str(error)))
+            else:
+                release = Release((Tagged("", (), found.image, tuple(attached)),))
+                checks += _of_release(
+                    release, lambda blob: open_remote(registry, blob.digest, blob.size), report
+                )
+    return Verified(str(target), (*checks, every))
 
 
-def verify_hub(
-    target: HubTarget, *, report: Reporter, cache: Path | None = None, endpoint: str | None = None
-) -> Verified:
-    """Check the GGUF files of a repository against its pack.json.
-
-    Args:
-        target: the repository.
-        report: listener.
-        cache: the Hub cache, for the small files.
-        endpoint: address of the Hub, if not the usual one.
-
-    Raises:
-        SourceError: if it cannot be read, or is no pack.
-    """
-    from medllm_pack.publish.hub_look import look_at_hub
-
-    look = look_at_hub(target, report=report, cache=cache, endpoint=endpoint)
-    document = look.document
-    if document is None:
-        raise SourceError(f"{target} holds no pack.json; nothing to compare")
-    named = {variant["file"]: variant for variant in document["variants"]}
-    checks = [Check("commit", True, look.commit)]
-    for file in look.files:
-        if file.name not in named:
-            checks.append(Check(file.name, False, "pack.json does not name this file"))
-            continue
-        checks += _one(document, named[file.name], file.sha256, file.header)
-    here = [named[file.name] for file in look.files if file.name in named]
-    checks.append(parity_check(document, here))
-    checks.append(publication_check(lambda: look.overrides()))
-    return Verified(str(target), (*checks, _UNREAD))
+def _of_release(
+    release: Release, open_weights: Callable[[Blob], Any], report: Reporter
+) -> list[Check]:
+    """Return the checks of images and of the papers that came with them."""
+    checks: list[Check] = []
+    with TemporaryDirectory(prefix="medllm-verify-") as place:
+        try:
+            papers = papers_of(release)
+        except MedllmError as error:
+            return [Check("papers", False, str(error))]
+        if papers is None:
+            return [Check("papers", None, "these images came without the papers of a pack")]
+        folder = Path(place)
+        for name, data in papers.items():
+            (folder / name).write_bytes(data)
+        checks, document = papers_checks(folder, report)
+        if document is not None:
+            here = []
+            for tagged in release.images:
+                variant, found = _of_image(tagged.image, document, folder, open_weights)
+                checks += found
+                here += [variant] if variant else []
+            checks += [variants_check(document, here), *of_papers(folder, document, here)]
+    attached = [image for tagged in release.images for image in tagged.attached]
+    return [*checks, publication_check(lambda: overrides_of(attached))]
 
 
-def _papers(folder: Path, report: Reporter) -> list[Check]:
-    sums = read_sums(folder)
-    document = read_pack(folder)
+def _of_image(
+    image: Image, document: manifest.Document, folder: Path, open_weights: Callable[[Blob], Any]
+) -> tuple[manifest.Document | None, list[Check]]:
+    """Return the variant that an image holds, and its checks."""
+    weights = read.weights_of(image)
+    variant = next((v for v in document["variants"] if v["sha256"] == weights.digest.hex), None)
+    if variant is None:
+        fault = f"pack.json names no file with SHA-256 {weights.digest.hex[:12]}…"
+        return None, [Check("weights", False, fault)]
+    try:
+        with open_weights(weights) as file:
+            header = read_header(file, size=weights.size, name=variant["file"])
+    except GGUFError as error:
+        return variant, [Check(f"header {variant['quant']}", False, str(error))]
+    checks = weights_checks(document, variant, weights.digest.hex, header)
+    return variant, [*checks, _texts(image, variant, folder)]
+
+
+def _texts(image: Image, variant: manifest.Document, folder: Path) -> Check:
+    """Return whether the template, system text and so on are those of the variant's Modelfile."""
+    name = f"texts {variant['quant']}"
+    try:
+        wanted = [*create.text_layers(creation_of(folder, variant))]
+    except MedllmError as error:
+        return Check(name, False, str(error))
+    pairs = [(b.media_type, b.digest) for b in wanted]
+    found = [(b.media_type, b.digest) for b in image.layers if b.media_type != create.MODEL]
+    if sorted(map(str, pairs)) == sorted(map(str, found)):
+        return Check(name, True, f"what Ollama asks with is what {variant['modelfile']} says")
+    return Check(name, False, f"what Ollama asks with is not what {variant['modelfile']} says")
+
+
+def papers_checks(folder: Path, report: Reporter) -> tuple[list[Check], manifest.Document | None]:
+    """Return the checks of papers that lie in a folder without weights, and their pack.json."""
+    checks: list[Check] = []
+    document = attempt(checks, "pack.json", lambda: read_pack(folder))
+    sums = attempt(checks, "sums", lambda: read_sums(folder))
+    if document is None or sums is None:
+        return checks, None
     weights = {variant["file"] for variant in document["variants"]}
     papers = {name: digest for name, digest in sums.items() if name not in weights}
-    return [
+    checks += [
         all_of("files", integrity.listing_faults(folder, sums, spared=weights),
                "no paper is missing"),
         all_of("digests", integrity.digest_faults(folder, papers, report=report),
@@ -114,19 +175,13 @@ def _papers(folder: Path, report: Reporter) -> list[Check]:
         all_of("agreement", integrity.agreement_faults(document, sums),
                "pack.json and SHA256SUMS state the same digests"),
     ]  # fmt: skip
+    return checks, document
 
 
-def _weights(folder: Path, sha256: str, header: GGUFFile) -> list[Check]:
-    document = read_pack(folder)
-    variant = next((v for v in document["variants"] if v["sha256"] == sha256), None)
-    if variant is None:
-        return [Check("weights", False, f"pack.json names no file with SHA-256 {sha256[:12]}…")]
-    return [*_one(document, variant, sha256, header), *of_papers(folder, document, [variant])]
-
-
-def _one(
+def weights_checks(
     document: manifest.Document, variant: Mapping[str, Any], sha256: str | None, header: GGUFFile
 ) -> list[Check]:
+    """Return the checks of a variant whose digest is stated and whose header was read."""
     stated = [] if sha256 == variant["sha256"] else [f"stated {sha256}, in pack.json "
                                                      f"{variant['sha256']}"]  # fmt: skip
     return [
@@ -135,3 +190,26 @@ def _one(
                integrity.header_differences(header, document, variant),
                "sizes, types, name and licence are those of pack.json"),
     ]  # fmt: skip
+
+
+def _bytes(registry: Any, images: Sequence[Image], report: Reporter) -> Check:
+    blobs = {blob.digest: blob.size for image in images for blob in image.blobs}
+    report.step("reading every byte", total_bytes=sum(blobs.values()))
+    good = f"all {len(blobs)} blobs were read, and every one has its digest"
+    return all_of("bytes", _faults(registry, blobs, report), good)
+
+
+def _faults(registry: Any, blobs: Mapping[Digest, int], report: Reporter) -> Iterator[str]:
+    from medllm_pack.publish.download import digest_blob
+    from medllm_pack.publish.transport import InterruptedTransferError
+
+    for digest, size in blobs.items():
+        try:
+            found = digest_blob(registry, digest, size, report.advance)
+        except InterruptedTransferError:
+            raise  # not knowing is no answer
+        except TransferError as error:
+            yield str(error)
+            continue
+        if found != digest.hex:
+            yield f"what the registry gives as {digest} has SHA-256 {found[:12]}…"

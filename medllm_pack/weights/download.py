@@ -1,9 +1,8 @@
 """One file, from the Hub into its place in the cache, however often the connection breaks.
 
-Goes through the Hub library's connection but not through its download function: that one starts
-again after the process was killed, and checks no digest. Here a partial file is named after the
-digest of the whole; whoever finds it continues it, and it takes its place in the cache only when
-its bytes have that digest.
+Not by the Hub library's download function: that one starts again after the process was killed, and
+checks no digest. Here a partial file is named after the digest of the whole; whoever finds it
+continues it, and it takes its place in the cache only when its bytes have that digest.
 
 Does not know why the file is needed. Memory: one network buffer.
 """
@@ -12,29 +11,17 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.progress import Reporter
-from medllm_pack.weights.answers import (
-    PASSING,
-    Address,
-    Patience,
-    network_error,
-    retry_after,
-    told,
-)
+from medllm_pack.weights.answers import Address, Patience
 from medllm_pack.weights.cache import Cache, Item
-from medllm_pack.weights.request import opened
 from medllm_pack.weights.sources import LocalFile
-
-if TYPE_CHECKING:
-    from httpx2 import Response
+from medllm_pack.weights.stream import Sink, Stream
 
 _HASH_CHUNK = 4 << 20
 
@@ -76,14 +63,6 @@ def _check_space(items: Sequence[Item], cache: Cache, address: Address) -> None:
         )
 
 
-class _TryAgainError(Exception):
-    """An answer that another try may better."""
-
-    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait_s = wait_s
-
-
 @dataclass(frozen=True, slots=True)
 class Download:
     """What is wanted, whence and whither.
@@ -104,10 +83,6 @@ class Download:
     patience: Patience
     report: Reporter
 
-    @property
-    def _title(self) -> str:
-        return f"{shown(self.item.name)} of {self.address.name}"
-
     def run(self) -> None:
         """Bring the file.
 
@@ -117,99 +92,27 @@ class Download:
         item = self.item
         with self.cache.writing():
             self.cache.blob(item).parent.mkdir(parents=True, exist_ok=True)
-            part = _Part(self.cache.part(item), item, self.report)
+            part = _Part(self.cache.part(item), item, self.report, self.cache)
         try:
             if item.is_at(self.cache.blob(item)):  # another process was faster
                 part.discard()
                 self.report.advance(item.size - part.furthest)
                 return
-            self._transfer(part)
+            Stream(item, self.commit, self.address, self.patience).into(part)
             if part.digest() != item.digest:
                 part.discard()
                 raise SourceError(
-                    f"{self._title} arrived with the digest {part.digest()}; the Hub "
-                    f"states {item.digest}. Nothing of it was kept; try again, and suspect what "
-                    "lies between you and the Hub if it happens again"
+                    f"{shown(item.name)} of {self.address.name} arrived with the digest "
+                    f"{part.digest()}; the Hub states {item.digest}. Nothing of it was kept; try "
+                    "again, and suspect what lies between you and the Hub if it happens again"
                 )
             with self.cache.writing():
                 part.become(self.cache.blob(item))
         finally:
             part.close()
 
-    def _transfer(self, part: _Part) -> None:
-        """Stream until the part is full; every try asks the Hub for a fresh address."""
-        from huggingface_hub.errors import HfHubHTTPError
 
-        failures = 0
-        while part.offset < self.item.size:
-            before, wait_s = part.furthest, 0.0
-            cause: Exception | None = None
-            try:
-                self._stream(part)
-                problem = "the connection ended early"
-            except _TryAgainError as error:
-                problem, wait_s, cause = str(error), error.wait_s, error
-            except HfHubHTTPError as error:
-                raise self.address.explained(error, self.item.name) from error
-            except network_error() as error:
-                problem, cause = told(error), error
-            if part.offset == self.item.size:
-                return
-            failures = 1 if part.furthest > before else failures + 1
-            if failures >= self.patience.tries:
-                raise SourceError(
-                    f"{self._title} stops at byte {part.offset:,} of {self.item.size:,} "
-                    f"({problem}); what has arrived is kept. Run the same command again to continue"
-                ) from cause
-            self.patience.wait(failures, wait_s)
-
-    def _stream(self, part: _Part) -> None:
-        with opened(
-            self.item,
-            self.commit,
-            address=self.address,
-            stall_s=self.patience.stall_s,
-            wanted=f"bytes={part.offset}-" if part.offset else None,
-        ) as (response, at_home):
-            self._check_status(response, part, at_home=at_home)
-            for chunk in response.iter_bytes():
-                with self.cache.writing():
-                    part.write(chunk)
-
-    def _check_status(self, response: Response, part: _Part, *, at_home: bool) -> None:
-        """Place the part where the answer begins, or raise."""
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
-
-        status = response.status_code
-        if status == 206:
-            if not _continues(response, part):
-                part.restart()
-                raise _TryAgainError("the server sent another range than it was asked for")
-        elif status == 200:
-            part.restart()
-        elif status == 416:
-            part.restart()
-            raise _TryAgainError("the server refused the range")
-        elif status in PASSING or not at_home:
-            # Behind the Hub, 403 is an address that expired; the next try gets a fresh one.
-            raise _TryAgainError(
-                f"{response.url.host} answered {status}", wait_s=retry_after(response)
-            )
-        else:
-            hf_raise_for_status(response)
-            raise _TryAgainError(f"{response.url.host} answered {status}")
-
-
-def _continues(response: Response, part: _Part) -> bool:
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    return (
-        match is not None
-        and int(match[1]) == part.offset
-        and match[2] in {"*", str(part.item.size)}
-    )
-
-
-class _Part:
+class _Part(Sink):
     """A file on its way. Named after the digest of the whole, so that anyone may continue it.
 
     The lock saves the work of two processes that want the same file; it carries no correctness,
@@ -217,11 +120,12 @@ class _Part:
     bytes to the same places: nothing is appended, nothing is cut off.
     """
 
-    def __init__(self, path: Path, item: Item, report: Reporter) -> None:
-        self.path, self.item, self._report = path, item, report
+    after_a_stop = "what has arrived is kept. Run the same command again to continue"
+
+    def __init__(self, path: Path, item: Item, report: Reporter, cache: Cache) -> None:
+        super().__init__(item, report, hasher=item.hasher)
+        self.path, self._cache = path, cache
         self._fd = self._open()
-        self.furthest = 0
-        self.restart()
         try:
             self._take_up()
         except BaseException:
@@ -253,42 +157,19 @@ class _Part:
         """Hash what an earlier run has left; the digest of the whole judges it later."""
         left = min(os.fstat(self._fd).st_size, self.item.size)
         while chunk := os.pread(self._fd, min(_HASH_CHUNK, left - self.offset), self.offset):
-            self._hash.update(chunk)
-            self._advance(len(chunk))
+            self.count(chunk)
 
-    def restart(self) -> None:
-        """Go back to the first byte."""
-        self.offset = 0
-        self._hash = self.item.hasher()
+    def keep(self, chunk: bytes) -> None:
+        """Put bytes in their place."""
+        view, offset = memoryview(chunk), self.offset
+        with self._cache.writing():
+            while view:
+                n = os.pwrite(self._fd, view, offset)
+                view, offset = view[n:], offset + n
 
-    def write(self, chunk: bytes) -> None:
-        """Add bytes.
-
-        Raises:
-            SourceError: if they are more than the file may have.
-        """
-        if self.offset + len(chunk) > self.item.size:
-            self.discard()
-            raise SourceError(
-                f"the server sends more than the {self.item.size:,} bytes of "
-                f"{shown(self.item.name)}; nothing of it was kept. Try again"
-            )
-        view = memoryview(chunk)
-        while view:
-            n = os.pwrite(self._fd, view, self.offset)
-            self._hash.update(view[:n])
-            self._advance(n)
-            view = view[n:]
-
-    def _advance(self, n_bytes: int) -> None:
-        self.offset += n_bytes
-        if self.offset > self.furthest:
-            self._report.advance(self.offset - self.furthest)
-            self.furthest = self.offset
-
-    def digest(self) -> str:
-        """Return the digest of what has been written."""
-        return str(self._hash.hexdigest())
+    def too_many(self) -> None:
+        """Remove the file."""
+        self.discard()
 
     def become(self, blob: Path) -> None:
         """Sync, and take the place in the cache."""
