@@ -77,7 +77,7 @@ def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
 def _generate(arguments: dict[str, Any]) -> dict[str, Any]:
     texts = {}
     for path in arguments["models"]:
-        with Model(Path(path)) as model:
+        with Model(Path(path), threads=1) as model:  # two wait for each other beside other work
             texts[path] = [model.write(p, tokens=arguments["tokens"]) for p in arguments["prompts"]]
     return texts
 

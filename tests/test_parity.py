@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,11 @@ from medllm_pack.errors import (
     MedllmError,
     SourceError,
     UsageError,
-    WorkerError,
 )
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.parity import worker
+from medllm_pack.parity import allowance, worker
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.reference import compute_logits
@@ -44,10 +44,12 @@ from medllm_pack.parity.texts import read_texts, shipped_texts
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
 from tests import pico
+from tests.test_bad_input import run as command
 from tests.test_build import check_sums, run, variant
 
 TEXTS = shipped_texts(count=2)
 SHAPES = {"llama": pico.LLAMA, "mistral": pico.MISTRAL}
+Made = tuple[Path, Sources]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,33 @@ def built(tmp_path_factory: pytest.TempPathFactory, inputs: Sources) -> Path:
 def built_twice(tmp_path_factory: pytest.TempPathFactory, inputs: Sources) -> Path:
     """A sound pack with a quantized variant."""
     return build_pack(tmp_path_factory.mktemp("twice") / "pack", inputs, ["q8_0", "f16"])
+
+
+@pytest.fixture(scope="module")
+def f16(built: Path, inputs: Sources) -> Made:
+    """The sound pack and what it was made from."""
+    return built, inputs
+
+
+@pytest.fixture(scope="module")
+def q4_k_m(tmp_path_factory: pytest.TempPathFactory, inputs: Sources) -> Made:
+    """A sound pack of a Q4_K_M variant."""
+    return build_pack(tmp_path_factory.mktemp("q4") / "pack", inputs, ["q4_k_m"]), inputs
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Made:
+    """A sound pack of a model whose heads share keys."""
+    folder = tmp_path_factory.mktemp("grouped")
+    base = pico.write_model(folder / "b", pico.MISTRAL, tokenizer=tokenizer)
+    inputs = Sources(str(base), str(pico.write_adapter(folder / "a", pico.MISTRAL)))
+    return build_pack(folder / "pack", inputs, ["f16"]), inputs
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the reference for all tests: the texts are the same."""
+    return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
@@ -375,82 +404,143 @@ def adapter_by_the_modelfile(pack: Path, inputs: Sources) -> None:
     modelfile_changed(pack, "TEMPLATE", "ADAPTER ./lora\nTEMPLATE")
 
 
+def k_permuted_as_q(pack: Path, inputs: Sources) -> None:
+    shape = pico.MISTRAL
+    rows = Editor(variant(pack, "F16")).data["blk.1.attn_k.weight"]
+    theirs = rows.reshape(shape.kv_heads, shape.head_dim // 2, 2, -1).swapaxes(1, 2)
+    wrong = theirs.reshape(shape.heads, 2, -1, rows.shape[1]).swapaxes(1, 2)
+    rows[:] = wrong.reshape(rows.shape).copy()
+
+
+def wrong_scales(pack: Path, inputs: Sources) -> None:
+    rows = Editor(variant(pack, "Q4_K_M")).data["blk.0.ffn_up.weight"]
+    blocks = rows.reshape(-1, 144)  # d, dmin, 12 bytes of scales, 128 of weights
+    blocks[:, :2] = (blocks[:, :2].copy().view(np.float16) * np.float16(1.25)).view(np.uint8)
+
+
+def another_vocabulary(pack: Path, inputs: Sources, *, pieces: int) -> None:
+    shape = pico.with_rows(pico.LLAMA, pieces)
+    tokenizer = pico.train_tokenizer(pack.parent / "t", vocab=pieces)
+    base = pico.write_model(pack.parent / "b", shape, tokenizer=tokenizer)
+    take(pack, build_pack(pack.parent / "other", inputs, ["f16"], base=base))
+
+
 def token_twice(pack: Path, inputs: Sources) -> None:
     tokens = Editor(variant(pack, "F16")).items("tokenizer.ggml.tokens")
     tokens[-1][:] = tokens[-2]  # llama.cpp aborts
 
 
 Fault = Callable[[Path, Sources], None]
-# Fault -> the check that names it, what it says, and whether the logits alone would have noticed.
-FAULTS: dict[Fault, tuple[str, str, bool]] = {
-    not_merged: ("merge.pairs", "holds nothing of the adapter", True),
-    scale_of_one: ("merge.pairs", "0.500 times what the adapter adds", True),
-    pairs_swapped_between_q_and_v: ("merge.pairs", "of the adapter", True),
-    another_model: ("weights.exact", "values differ", True),
-    q_rows_not_permuted: ("weights.exact", "rows in Hugging Face's order", True),
-    layers_swapped: ("weights.exact", "holds blk.1.", True),
-    tensor_zeroed: ("weights.exact", "blk.1.ffn_down.weight is all zero", True),
-    bit_flipped: ("weights.exact", "blk.0.ffn_up.weight: 1 of", False),
-    norm_changed: ("weights.exact", "output_norm.weight: 1 of", False),
-    wrong_rope_base: ("settings", "llama.rope.freq_base is '500000.0'", True),
-    wrong_epsilon: ("settings", "epsilon", False),
-    vocabulary_swapped: ("tokens.vocabulary", "token ", False),
-    score_sign_wrong: ("tokens.vocabulary", "score", False),
-    bos_off: ("tokens.vocabulary", "add_bos_token", False),
-    double_bos: ("template.bos", "3 BOS in one of 3 prompts", False),
-    stop_that_never_occurs: ("template.stops", "can never occur", False),
-    stop_at_once: ("template.stops", "near the beginning of most notes", False),
-    end_within_a_word: ("template.end", "do not end where an answer begins", False),
-    other_template: ("template.digest", "not the one that pack.json names", False),
-    adapter_by_the_modelfile: ("template.modelfile", "'ADAPTER ./lora'", False),
-}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_planted_fault_is_caught_on_its_rung(pack: Path, inputs: Sources, fault: Fault) -> None:
-    rung, said, heard = FAULTS[fault]
-    fault(pack, inputs)
+@dataclass(frozen=True)
+class Planted:
+    """A fault of whoever built the pack.
+
+    Attributes:
+        plant: puts it into a pack.
+        check: the one that names it.
+        said: a part of what it says.
+        heard: whether the logits alone would have noticed.
+        pack: fixture of the pack.
+    """
+
+    plant: Fault
+    check: str
+    said: str
+    heard: bool
+    pack: str = "f16"
+
+
+FAULTS = {
+    "adapter not merged":
+        Planted(not_merged, "merge.pairs", "holds nothing of the adapter", True),
+    "alpha ignored (scale 1)":
+        Planted(scale_of_one, "merge.pairs", "0.500 times what the adapter adds", True),
+    "A and B swapped between q and v":
+        Planted(pairs_swapped_between_q_and_v, "merge.pairs", "of the adapter", True),
+    "q rows not permuted":
+        Planted(q_rows_not_permuted, "weights.exact", "rows in Hugging Face's order", True),
+    "k permuted as q with grouped heads":
+        Planted(k_permuted_as_q, "weights.exact", "blk.1.attn_k.weight", True, "grouped"),
+    "two layers swapped":
+        Planted(layers_swapped, "weights.exact", "holds blk.1.", True),
+    "one tensor zeroed":
+        Planted(tensor_zeroed, "weights.exact", "blk.1.ffn_down.weight is all zero", True),
+    "one bit flipped in the data":
+        Planted(bit_flipped, "weights.exact", "blk.0.ffn_up.weight: 1 of", False),
+    "wrong rope base":
+        Planted(wrong_rope_base, "settings", "llama.rope.freq_base is '500000.0'", True),
+    "wrong norm epsilon":
+        Planted(wrong_epsilon, "settings", "epsilon", False),
+    "two vocabulary entries swapped":
+        Planted(vocabulary_swapped, "tokens.vocabulary", "token ", False),
+    "score sign wrong":
+        Planted(score_sign_wrong, "tokens.vocabulary", "score", False),
+    "add_bos off":
+        Planted(bos_off, "tokens.vocabulary", "add_bos_token", False),
+    "double BOS by the template":
+        Planted(double_bos, "template.bos", "3 BOS in one of 3 prompts", False),
+    "a stop that can never occur":
+        Planted(stop_that_never_occurs, "template.stops", "can never occur", False),
+    "a Q4_K tensor quantized with wrong scales":
+        Planted(wrong_scales, "weights.rmse", "blk.0.ffn_up.weight (Q4_K)", True, "q4_k_m"),
+    "a variant of another model":
+        Planted(another_model, "weights.exact", "values differ", True),
+    # Beyond what must be caught.
+    "another model with fewer tokens":
+        Planted(partial(another_vocabulary, pieces=310), "settings", "llama.vocab_size", True),
+    "another model with more tokens":
+        Planted(partial(another_vocabulary, pieces=340), "settings", "llama.vocab_size", True),
+    "one weight of a norm off by 0.1 %":
+        Planted(norm_changed, "weights.exact", "output_norm.weight: 1 of", False),
+    "a stop that ends every answer":
+        Planted(stop_at_once, "template.stops", "near the beginning of most notes", False),
+    "a prompt that ends within a word":
+        Planted(end_within_a_word, "template.end", "do not end where an answer begins", False),
+    "another template":
+        Planted(other_template, "template.digest", "not the one that pack.json names", False),
+    "an adapter that the Modelfile adds":
+        Planted(adapter_by_the_modelfile, "template.modelfile", "'ADAPTER ./lora'", False),
+    "a token twice, on which llama.cpp aborts":
+        Planted(token_twice, "tokens.vocabulary", "token 319", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught_on_its_rung_with_exit_code_3(
+    name: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = FAULTS[name]
+    built, inputs = request.getfixturevalue(fault.pack)
+    pack = Path(shutil.copytree(built, tmp_path / "pack"))
+    fault.plant(pack, inputs)
     reseal(pack)
-    result = check(pack, inputs)
-    failed = result.verdicts[0].failed
-    assert failed is not None
-    assert failed.name == rung
-    assert said in failed.detail
-    checks = result.verdicts[0].checks
-    assert any(c.rung == "logits" and c.passed is False for c in checks) is heard
+    monkeypatch.setenv("MEDLLM_CACHE", str(kept))
+    capsys.readouterr()
+    code, out, err = command(
+        ["parity", str(pack), f"--base={inputs.base}", f"--adapter={inputs.adapter}",
+         "--threads=1", "-q"], capsys,
+    )  # fmt: skip
+    assert code == 3, err
+    [line] = err.splitlines()
+    assert line.startswith(f"error: {fault.pack if fault.pack != 'grouped' else 'f16'} is not ")
+    assert f": {fault.check}: " in line
+    assert "Usual cause: " in line
+    assert f"failed at {fault.check}" in out
+    [found] = json.loads((pack / "parity.json").read_text(encoding="utf-8"))["variants"]
+    checks = {check["name"]: check for check in found["checks"]}
+    assert fault.said in checks[fault.check]["detail"]
+    heard = any(c["passed"] is False for n, c in checks.items() if n.startswith("logits"))
+    assert heard is fault.heard
     manifest = json.loads((pack / "pack.json").read_text(encoding="utf-8"))
     assert manifest["parity"]["passed"] is False
-    with pytest.raises(CheckFailedError, match=rung) as error:
-        result.raise_if_failed()
-    assert error.value.exit_code == 3
-
-
-def test_k_permuted_as_q_is_caught_where_heads_share_keys(tmp_path: Path, tokenizer: bytes) -> None:
-    shape = pico.MISTRAL
-    base = pico.write_model(tmp_path / "b", shape, tokenizer=tokenizer)
-    adapter = pico.write_adapter(tmp_path / "a", shape)
-    run(tmp_path / "p", quants=["f16"], base=base, adapter=adapter)
-    rows = Editor(variant(tmp_path / "p", "F16")).data["blk.1.attn_k.weight"]
-    theirs = rows.reshape(shape.kv_heads, shape.head_dim // 2, 2, -1).swapaxes(1, 2)
-    wrong = theirs.reshape(shape.heads, 2, -1, rows.shape[1]).swapaxes(1, 2)
-    rows[:] = wrong.reshape(rows.shape).copy()
-    reseal(tmp_path / "p")
-    failed = check(tmp_path / "p", Sources(str(base), str(adapter))).verdicts[0].failed
-    assert failed is not None
-    assert failed.name == "weights.exact"
-    assert "blk.1.attn_k.weight" in failed.detail
-
-
-def test_q4_k_tensor_with_wrong_scales_is_caught(tmp_path: Path, inputs: Sources) -> None:
-    pack = build_pack(tmp_path / "p", inputs, ["q4_k_m"])
-    rows = Editor(variant(pack, "Q4_K_M")).data["blk.0.ffn_up.weight"]
-    blocks = rows.reshape(-1, 144)  # d, dmin, 12 bytes of scales, 128 of weights
-    blocks[:, :2] = (blocks[:, :2].copy().view(np.float16) * np.float16(1.25)).view(np.uint8)
-    reseal(pack)
-    failed = check(pack, inputs).verdicts[0].failed
-    assert failed is not None
-    assert failed.name == "weights.rmse"
-    assert "blk.0.ffn_up.weight (Q4_K)" in failed.detail
+    assert manifest["parity"]["variants"][0]["failed"] == fault.check
 
 
 @pytest.mark.parametrize("fault", [not_merged, scale_of_one])
@@ -510,29 +600,21 @@ def test_abort_in_llama_cpp_is_a_finding_with_its_signal(pack: Path, inputs: Sou
     assert "SIGABRT" in checks["logits"].detail
 
 
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
-        ("import time; time.sleep(60)", "did not finish within 1 s"),
-        ("raise SystemExit(7)", "exit code 7"),
-        ("print('not JSON')", "not JSON"),
-        ("print('[1]')", "not a JSON object"),
-        ("import sys; [sys.stderr.write('x' * 1000000) for _ in range(300)]; print('?')", "JSON"),
-    ],
-)
-def test_worker_that_ends_badly_is_an_error_with_its_reason(program: str, reason: str) -> None:
-    with pytest.raises(WorkerError, match=reason):
-        worker.call("logits", timeout=1 if "sleep" in program else 60,
-                    command=[sys.executable, "-c", program])  # fmt: skip
-
-
-def test_worker_sees_no_secret_and_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    program = "import json, os; print(json.dumps(dict(os.environ)))"
-    seen = worker.call("logits", command=[sys.executable, "-c", program])
-    assert "HF_TOKEN" not in seen
-    assert seen["GGML_NO_BACKTRACE"] == "1"
+def test_job_that_meets_a_limit_is_a_finding_and_the_others_go_on(
+    two: Path, inputs: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger file gets less memory than the addresses of its own bytes."""
+    monkeypatch.setattr(allowance, "_BASE", -variant(two, "F16").stat().st_size + (100 << 20))
+    monkeypatch.setattr(allowance, "_STACK", 0)
+    monkeypatch.setattr(allowance, "_ROOM", 0)
+    result = check(two, inputs)
+    for verdict in result.verdicts:
+        checks = {c.name: c for c in verdict.checks}
+        assert checks["weights.exact"].passed
+        assert checks["tokens.ids"].passed is False
+    with pytest.raises(CheckFailedError) as error:
+        result.raise_if_failed()
+    assert error.value.exit_code == 3
 
 
 # --- inputs and texts

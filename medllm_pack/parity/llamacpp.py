@@ -39,11 +39,16 @@ class Model:
         params.use_extra_bufts = False
         self._model = api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise MedllmError(f"llama.cpp does not load {shown(path.name)}")
+            raise MedllmError(f"llama.cpp does not load {shown(path.name)}{_reason(path)}")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self._vocab)
         self.n_ctx = n_ctx
         self._context = self._new_context(threads) if n_ctx else None
+        if n_ctx and not self._context:
+            self.close()
+            raise MedllmError(
+                f"llama.cpp has no room for {n_ctx} tokens of {shown(path.name)}{_reason(path)}"
+            )
 
     def _new_context(self, threads: int) -> Any:
         api = self._api
@@ -163,16 +168,28 @@ def supports_gpu() -> bool:
 
 
 def _api() -> Any:
-    """Return llama-cpp-python's bindings, their log switched off."""
+    """Return llama-cpp-python's bindings, their log taken in silence."""
     import llama_cpp
 
-    llama_cpp.llama_log_set(_SILENT, None)
+    llama_cpp.llama_log_set(_LISTENER, None)
+    _complaints.clear()
     return llama_cpp
 
 
-def _ignore(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
-    """Take a line of llama.cpp's log and say nothing."""
+def _reason(path: Path) -> str:
+    """Return what llama.cpp complained of first since a model was asked for."""
+    text = next(iter(_complaints), "").replace(str(path), path.name)
+    return f": {shown(text)}" if text else ""
 
 
+def _listen(level: int, text: bytes, _data: ctypes.c_void_p) -> None:
+    """Take a line of llama.cpp's log; a few errors are remembered."""
+    if level == _ERROR and len(_complaints) < 3:
+        # "name_of_a_function: what is wrong"
+        _complaints.append(text.decode("utf-8", "replace").strip().partition(": ")[2][:200])
+
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_complaints: list[str] = []
 # Kept for the life of the process: llama.cpp holds the pointer.
-_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_ignore)
+_LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_listen)

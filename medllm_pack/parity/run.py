@@ -31,9 +31,10 @@ from medllm_pack.ollama.server import Server
 from medllm_pack.pack import papers
 from medllm_pack.pack.manifest import Document, read_manifest, recipe_of
 from medllm_pack.pack.sums import SIGNATURE
-from medllm_pack.parity import record, worker
+from medllm_pack.parity import record
 from medllm_pack.parity.cache import Cache, model_key
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
+from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.measures import Spread
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
 from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
@@ -187,6 +188,7 @@ class _Ladder:
         self.original, self.runtime, self.report = original, runtime, report
         self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)
+        self.config = original.transformers_config()
         self.cache: Cache | None = None
 
     def climb(self, climbs: Sequence[_Climb], texts: Texts, temporary: Path) -> None:
@@ -254,34 +256,23 @@ class _Ladder:
             return skipped("tokens.ids", reason)
         self.report.step(f"tokens of {climb.quant}")
         try:
-            answer = worker.call("tokenize", model=str(climb.path.resolve()), texts=list(STRINGS))
+            ids = self._jobs(climb).tokenize(STRINGS)
         except WorkerError as error:
             return broken("tokens.ids", str(error))
-        return check_ids(answer["ids"], self.tokenizer)
+        return check_ids(ids, self.tokenizer)
 
     def _render(self, climb: _Climb) -> list[Check]:
-        def ask(texts: Sequence[str], stops: Sequence[str]) -> dict[str, Any]:
-            return worker.call(
-                "prompts", model=str(climb.path.resolve()), texts=list(texts), stops=list(stops)
-            )
-
-        folder, entry = climb.path.parent, climb.entry
+        folder, entry, ask = climb.path.parent, climb.entry, self._jobs(climb).prompts
         return check_template(folder, entry, self.template, self.tokenizer, ask)
 
     def _compare_served(self, climb: _Climb) -> None:
         """Ask the server, if it is this variant that it holds."""
         if self.served is None or self.served.sha256 != climb.sha256:
             return
-
-        def write(prompts: Sequence[str], tokens: int) -> dict[str, Any]:
-            return worker.call(
-                "write", model=str(climb.path.resolve()), prompts=list(prompts), tokens=tokens,
-                **self.runtime.arguments(),
-            )  # fmt: skip
-
         self.report.step(f"{climb.quant} as served")
         try:
             modelfile = read_beside(climb.path.parent, climb.entry)
+            write = self._jobs(climb).write
             climb.checks += check_served(self.served, climb.quant, modelfile, write, self.limits)
         except (SourceError, ModelfileError) as error:
             climb.checks.append(broken("served", str(error)))
@@ -293,14 +284,11 @@ class _Ladder:
         self.report.step(f"{climb.quant} writes")
         prompts = [list(ids[:_PROMPT_TOKENS]) for ids in sequences[:_PROMPTS]]
         try:
-            answer = worker.call(
-                "continue", model=str(climb.path.resolve()), prompts=prompts,
-                tokens=_NEW_TOKENS, **self.runtime.arguments(),
-            )  # fmt: skip
+            written = self._jobs(climb).continue_(prompts, _NEW_TOKENS)
         except WorkerError as error:
             climb.unwritten = str(error)
             return
-        climb.written = [Written(p, i) for p, i in zip(prompts, answer["ids"], strict=True)]
+        climb.written = [Written(p, i) for p, i in zip(prompts, written, strict=True)]
 
     def _compare_logits(
         self,
@@ -311,16 +299,15 @@ class _Ladder:
     ) -> None:
         self.report.step(f"logits of {climb.quant}")
         try:
-            answer = worker.call(
-                "logits", model=str(climb.path.resolve()), sequences=[list(s) for s in sequences],
-                folder=str(temporary), **self.runtime.arguments(),
-            )  # fmt: skip
+            paths = self._jobs(climb).logits(sequences, temporary)
         except WorkerError as error:
             climb.checks.append(broken("logits", str(error)))
             return
-        paths = [temporary / name for name in answer["files"]]
         climb.figures, climb.spread = measure(reference, paths, sequences)
         climb.checks += check_logits(climb.quant, climb.figures, self.limits)
+
+    def _jobs(self, climb: _Climb) -> Jobs:
+        return Jobs(climb.path, self.config, self.runtime)
 
     def _compare_writing(self, climb: _Climb, reference: Sequence[Path]) -> None:
         if climb.unwritten:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from medllm_pack.errors import MedllmError, UsageError, shown
 from medllm_pack.parity import worker
+from medllm_pack.parity.allowance import LOOK_AT_GPU
 from medllm_pack.quant import ggml
 
 ALL_LAYERS: Final = 1 << 16  # more than any model has; llama.cpp takes what there is
@@ -42,7 +43,7 @@ class Runtime:
         Raises:
             MedllmError: with the command that installs a build for GPUs.
         """
-        if self.gpu_layers and not worker.call("facts")["gpu"]:
+        if self.gpu_layers and not worker.call("facts", allowance=LOOK_AT_GPU)["gpu"]:
             raise MedllmError(
                 "--gpu-layers: the installed llama.cpp finds no GPU, or was built without support "
                 "for one; with CUDA's compiler at hand run: CMAKE_ARGS=-DGGML_CUDA=on pip install "

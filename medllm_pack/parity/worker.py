@@ -1,93 +1,83 @@
 """llama.cpp in a process of its own: it may abort or hang, and whoever asked must survive that.
 
 The child gets one job as JSON on standard input and answers with one JSON object; logits go to
-.npy files in a folder that the caller owns. It sees a cleared environment, leaves no core dump, has
-a time limit, and is killed with all its children. What goes wrong is a :class:`WorkerError` with
-the reason. Texts travel through the pipe only.
+.npy files in a folder that the caller owns. It sees a cleared environment, has limits, ends with
+its parent, and is killed with all its children. What goes wrong is a :class:`WorkerError` with the
+reason. Texts travel through the pipe only.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import medllm_pack
 from medllm_pack.errors import MedllmError, WorkerError, shown
+from medllm_pack.parity.allowance import Allowance
+from medllm_pack.parity.process import ask, why
 
 Command = Sequence[str]
 
-DAY = 24 * 3600.0
 # -P: the current folder, which may be anyone's, is no place to import from.
 COMMAND: Command = (sys.executable, "-P", "-m", "medllm_pack.parity.worker")
 # What the loader of shared libraries needs, and nothing that could hold a secret.
-_KEPT = (
-    "LD_LIBRARY_PATH", "TMPDIR", "HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME",
-    "CUDA_PATH", "CUDA_CACHE_PATH", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
-    "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ROCM_PATH",
+_KEPT = ("LD_LIBRARY_PATH", "TMPDIR", "HOME")
+_KEPT_FOR_GPU = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_PATH",
+    "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "GGML_CUDA_ENABLE_UNIFIED_MEMORY",
+    "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ROCM_PATH",
 )  # fmt: skip
+# A build for GPUs computes large batches there even where no layer was given to it.
+_HIDDEN_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
+_SET = {
+    "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "GGML_NO_BACKTRACE": "1",
+    # Addresses that are reserved for threads and never used would count against the limit.
+    "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1",
+}  # fmt: skip
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def call(
-    job: str, *, timeout: float = DAY, command: Command = COMMAND, **arguments: Any
+    job: str, *, allowance: Allowance | None = None, command: Command = COMMAND, **arguments: Any
 ) -> dict[str, Any]:
     """Run a job in a worker and return its answer.
 
     Args:
         job: one of :data:`JOBS`.
-        timeout: seconds after which the worker is killed.
+        allowance: what it may take; little if None.
         command: the program; tests put another in its place.
         arguments: of the job; JSON values.
 
     Raises:
-        WorkerError: if the worker was killed, gave up, or answered nothing that can be read.
+        WorkerError: if the worker was killed, gave up, took more than it may, or answered nothing
+            that can be read.
     """
+    allowance = allowance or Allowance()
     question = json.dumps({"job": job, "arguments": arguments}).encode()
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=_environment(), start_new_session=True,
-    )  # fmt: skip
-    try:
-        answer, _ = process.communicate(question, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise WorkerError(f"llama.cpp did not finish within {timeout:g} s") from error
-    finally:
-        _kill(process)
-    return _read_answer(answer, process.returncode)
+    ended = ask(command, question, environment=_environment(allowance.gpu), allowance=allowance)
+    if ended.code != 0:
+        raise WorkerError(why(ended, allowance))
+    return _read_answer(ended.answer)
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+def _environment(gpu: bool) -> dict[str, str]:
+    names = (*_KEPT, *_KEPT_FOR_GPU) if gpu else _KEPT
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     # Where the package itself lies, so that a source tree works as an installation does.
     root = Path(medllm_pack.__file__).resolve().parent.parent
-    return kept | {
-        "PYTHONPATH": str(root), "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+    return kept | _SET | ({} if gpu else _HIDDEN_GPU) | {"PYTHONPATH": str(root)}
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the worker and whatever it started."""
-    # It may have ended by itself, with nothing of its session left.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def _read_answer(answer: bytes, code: int) -> dict[str, Any]:
-    if code < 0:
-        raise WorkerError(f"llama.cpp was ended by {signal.Signals(-code).name}")
-    if code > 0:
-        raise WorkerError(f"llama.cpp's worker ended with exit code {code}")
+def _read_answer(answer: bytes) -> dict[str, Any]:
     try:
         document = json.loads(answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkerError("llama.cpp's worker answered something that is not JSON") from error
     if not isinstance(document, dict):
         raise WorkerError("llama.cpp's worker answered something that is not a JSON object")
@@ -162,7 +152,7 @@ def _logits(
     with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
         for i, ids in enumerate(sequences):
             np.save(Path(folder) / f"{i}.npy", loaded.logits(ids))
-    return {"files": [f"{i}.npy" for i in range(len(sequences))]}
+    return {}
 
 
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
@@ -177,18 +167,20 @@ JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
 
 def main() -> None:
     """Do one job; what libraries print to standard output does not reach the answer."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     question = json.load(sys.stdin)
+    job = question["job"]
     try:
-        answer = JOBS[question["job"]](**question["arguments"])
+        answer = JOBS[job](**question["arguments"])
     except MedllmError as error:
         answer = {"error": str(error)}
     except MemoryError:
-        answer = {"error": f"there is not enough memory for {shown(question['job'])}"}
+        answer = {"error": f"there is not enough memory for {shown(job)}"}
+    except OSError as error:  # its own text may name a path; numpy's has no strerror
+        reason = error.strerror or "not all of it was taken, by a full disk or a limit"
+        answer = {"error": f"{shown(job)} could not be written: {reason}"}
     json.dump(answer, answers)
     answers.close()
 
