@@ -383,10 +383,11 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(server: FakeHub, publish: Pu
 
 
 def test_a_file_that_changed_is_not_committed(
-    server: FakeHub, publish: Publish, built_pack: Path, tmp_path: Path
+    server: FakeHub, built_pack: Path, tmp_path: Path
 ) -> None:
     pack = tmp_path / "pack"
     shutil.copytree(built_pack, pack)
+    release = make_release(pack)
     [f16] = pack.glob("*-F16.gguf")
     data = bytearray(f16.read_bytes())
     data[-1] ^= 1
@@ -394,7 +395,7 @@ def test_a_file_that_changed_is_not_committed(
     f16.write_bytes(data)
     os.utime(f16, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
     with pytest.raises(SourceError, match="is not what the pack says: its SHA-256 is"):
-        publish(pack)
+        publish_to_hub(release, HubTarget(REPO), patience=QUICK, endpoint=server.endpoint)
     assert list(on_the_hub(server)) == [".gitattributes"]
 
 

@@ -28,6 +28,7 @@ from medllm_pack.publish import papers
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import Release
 from tests import ollama_parser, packs
+from tests.test_hub_publish import Recorded
 
 SETTINGS = settings(deadline=None, max_examples=60)  # each example starts a program
 Create = Callable[..., dict[str, Any]]
@@ -279,17 +280,32 @@ def test_a_pack_that_was_changed_is_not_released(
         make_release(folder)
 
 
-def test_weights_that_are_older_than_the_sums_are_not_read(
-    built_pack: Path, tmp_path: Path
-) -> None:
-    """What pack.json and an unchanged file prove is not computed again."""
+def test_weights_that_were_digested_are_not_read_again(built_pack: Path, tmp_path: Path) -> None:
+    folder, report = copy(built_pack, tmp_path / "p"), Recorded()
+    before = make_release(folder, report=report)
+    assert {name for name, _ in report.steps} == {f"checking {p.name}" for p in weights(folder)}
+    report.steps.clear()
+    assert digests(make_release(folder, report=report)) == digests(before)
+    assert report.steps == []
+    moved = folder.rename(tmp_path / "q")
+    make_release(moved, quants=["f16"], report=report)
+    assert len(report.steps) == 1  # another place: read once more
+
+
+def test_a_time_that_was_set_back_hides_nothing(built_pack: Path, tmp_path: Path) -> None:
     folder = copy(built_pack, tmp_path / "p")
-    before = make_release(folder)
+    make_release(folder)
     path = next(folder.glob("*F16.gguf"))
     status = path.stat()
     change_weights(folder)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert digests(make_release(folder)) == digests(before)
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    with pytest.raises(SourceError, match="is not what pack.json says"):
+        make_release(folder)
+
+
+def weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.gguf"))
 
 
 def digests(release: Release) -> list[Digest]:

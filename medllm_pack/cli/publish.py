@@ -107,7 +107,10 @@ def _release(
 
     quants = o.listed(quant)
     permit = check(pack, quants, accept or (), report=report)
-    return recorded(make_release(pack, quants=quants, tag=tag, report=report), permit)
+    release = make_release(
+        pack, quants=quants, tag=tag, proven=permit.unchanged, report=report
+    )  # fmt: skip
+    return recorded(release, permit)
 
 
 def _to_registry(

@@ -26,6 +26,7 @@ from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
 from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.known import Known
 from medllm_pack.pack import manifest, papers
 from medllm_pack.pack.half import finite, to_half
 from medllm_pack.pack.output import KEPT_BYTES, Output
@@ -98,6 +99,8 @@ def build(
         papers.write(
             plan, folder, document, {name: digest for name, (_, digest) in digests.items()}
         )
+    for name, (_, sha256) in digests.items():
+        Known().made(out / name, sha256)
     return Built(out, document)
 
 

@@ -13,43 +13,17 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import Keys
 
-from medllm_pack import files
 from medllm_pack.errors import GGUFError, shown
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.known import Known
 from medllm_pack.pack import manifest
 from medllm_pack.pack.sums import BESIDE, SUMS
 from medllm_pack.progress import Reporter
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What the file system says of a file; as long as it says the same, the bytes are the same.
-
-    The time of change cannot be set by a program, so whoever keeps an identity that was taken
-    before the bytes were hashed need not hash them again.
-    """
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Identity:
-        """Return the identity of a file now.
-
-        Raises:
-            OSError: if there is none.
-        """
-        s = path.stat()
-        return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 def listing_faults(
@@ -93,6 +67,8 @@ def digest_faults(
 ) -> Iterator[str]:
     """Read the files and yield those whose bytes are not the ones that were written.
 
+    Every byte is read, whatever is known; what is found of large files is remembered.
+
     Args:
         folder: the pack.
         sums: the files to read, with their digests; missing ones are not spoken of here.
@@ -102,13 +78,14 @@ def digest_faults(
     here = {name: folder / name for name in sums if (folder / name).is_file()}
     total = sum(path.stat().st_size for path in here.values())
     report.step("reading every byte", total_bytes=total)
+    known = Known()
     for name, path in here.items():
         size = path.stat().st_size
         if size != sizes.get(name, size):
             yield f"{name} has {size} bytes, pack.json states {sizes[name]}"
             continue
         try:
-            found = files.sha256(path, advance=report.advance)
+            found = known.digest(path, advance=report.advance)
         except OSError as error:
             yield f"{name} cannot be read: {error.strerror}"
             continue

@@ -17,9 +17,9 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.errors import GateError, MedllmError, UsageError, shown
+from medllm_pack.known import Identity
 from medllm_pack.limits import described
 from medllm_pack.pack import integrity
-from medllm_pack.pack.integrity import Identity
 from medllm_pack.pack.manifest import NAME, Document, chosen
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
@@ -263,7 +263,7 @@ def _faults(
 
 
 def _identities(folder: Path) -> dict[str, Identity]:
-    return {path.name: Identity.of(path) for path in folder.iterdir() if path.is_file()}
+    return {path.name: Identity.settled(path) for path in folder.iterdir() if path.is_file()}
 
 
 def _text(path: Path) -> str | None:

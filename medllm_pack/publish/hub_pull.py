@@ -16,6 +16,7 @@ from pathlib import Path
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, UsageError
+from medllm_pack.known import Known
 from medllm_pack.ollama.placing import place
 from medllm_pack.pack.manifest import Document, chosen
 from medllm_pack.pack.sums import BESIDE, SUMS
@@ -92,6 +93,8 @@ def pull_from_hub(
             place(blob, folder / name, advance=hub.report.advance)
         for name in sorted(found, key=lambda name: name == SUMS):  # SHA256SUMS last
             place(found[name], folder / name, share=False)
+    for name, blob in weights.items():
+        Known().made(out / name, blob.digest.hex)
     return HubPulled(out, hub.commit, tuple(v["quant"] for v in variants), document, overrides)
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from medllm_pack.errors import ServerError, StoreAccessError, WriteError, shown
+from medllm_pack.known import Known
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
@@ -129,7 +131,9 @@ def _remove(path: Path) -> None:
 def _put(
     store: Store, tagged: Tagged, name: ModelName, *, replace: bool, report: Reporter
 ) -> Installed:
-    done = store.install(tagged.image, name, replace=replace, report=report)
+    weights = read.weights_of(tagged.image).source
+    with Known().linking(weights) if isinstance(weights, Path) else nullcontext():
+        done = store.install(tagged.image, name, replace=replace, report=report)
     return Installed(
         str(name), tagged.quant, str(tagged.image.digest), str(store.root), "store",
         done.changed, done.copied,

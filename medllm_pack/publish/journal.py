@@ -7,16 +7,12 @@ where an upload goes on, and the digest at its end whether it was right.
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from medllm_pack import files
+from medllm_pack import state
 from medllm_pack.digests import Digest
-from medllm_pack.errors import SourceError
 from medllm_pack.ollama.image import Blob
 from medllm_pack.publish.guard import Origin
 
@@ -39,12 +35,12 @@ class Journal:
     """
 
     def __init__(self, origin: Origin, repository: str, *, folder: Path | None = None) -> None:
-        self._folder = folder or state_folder()
+        self._folder = folder or state.state_folder()
         self._key = f"{origin}/{repository}"
 
     def entry(self, blob: Blob) -> Entry | None:
         """Return where the upload of a blob stood, if its file is still the same."""
-        document = _read(self._path(blob))
+        document = state.read(self._path(blob))
         if document.get("source") != _identity(blob):
             return None
         location, offset = document.get("location"), document.get("offset")
@@ -54,7 +50,7 @@ class Journal:
 
     def save(self, blob: Blob, entry: Entry) -> None:
         """Remember where the upload of a blob stands."""
-        _write(
+        state.write(
             self._path(blob),
             {"location": entry.location, "offset": entry.offset, "source": _identity(blob)},
         )
@@ -68,32 +64,8 @@ class Journal:
         return self._folder / "uploads" / f"{key.hex}.json"
 
 
-def state_folder() -> Path:
-    """Return where this program keeps what it must remember."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "medllm-pack"
-
-
 def _identity(blob: Blob) -> list[int]:
     if not isinstance(blob.source, Path):
         return [blob.size]
     status = os.stat(blob.source)
     return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(files.read_small(path, limit=1 << 20))
-    except (SourceError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    with files.translated(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(document, file)
-        os.replace(beside, path)

@@ -1,19 +1,20 @@
 """From a pack folder to what is published: images, tags, papers.
 
-Decided from the pack's own files, before anything is sent. Weights are not read again where the
-pack proves them: the size is pack.json's and the file is not younger than SHA256SUMS, which the
-build writes last. Otherwise their digest is taken anew.
+Decided from the pack's own files, before anything is sent. Weights are not read again where they
+were digested before and have not changed since, as far as the file system tells (known.py);
+otherwise their digest is taken anew, and remembered.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, shown
+from medllm_pack.known import Known
 from medllm_pack.ollama.create import Creation, image_of
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
@@ -33,6 +34,7 @@ def make_release(
     *,
     quants: Sequence[str] = (),
     tag: str | None = None,
+    proven: Callable[[str], bool] = lambda _: False,
     report: Reporter | None = None,
 ) -> Release:
     """Return what a pack publishes.
@@ -44,6 +46,7 @@ def make_release(
         folder: the pack.
         quants: variants; all of them if empty.
         tag: first part of the tags; that of the recipe's Ollama name if None.
+        proven: file name -> whether its bytes were compared with the sums just now.
         report: listener; weights that must be digested again take a while.
 
     Raises:
@@ -58,7 +61,7 @@ def make_release(
     images = []
     for entry in entries:
         creation = _creation(entry, found)
-        digest = _weights_digest(folder, entry, sums, report=report or Silent())
+        digest = _weights_digest(folder, entry, sums, proven, report=report or Silent())
         image = image_of(
             creation, weights=folder / entry["file"], size=entry["size"], digest=digest
         )
@@ -102,9 +105,14 @@ def _parsed(data: bytes, name: str) -> Creation:
 
 
 def _weights_digest(
-    folder: Path, entry: Document, sums: Mapping[str, Digest], *, report: Reporter
+    folder: Path,
+    entry: Document,
+    sums: Mapping[str, Digest],
+    proven: Callable[[str], bool],
+    *,
+    report: Reporter,
 ) -> Digest:
-    """Return the digest of a variant's file; computed only where the pack does not prove it."""
+    """Return the digest of a variant's file; computed only where it is not known."""
     name = checked_name(entry["file"], of="pack.json")
     stated = Digest(entry["sha256"])
     if sums.get(name) != stated:
@@ -119,14 +127,19 @@ def _weights_digest(
         raise SourceError(
             f"{name} has {status.st_size} bytes, pack.json says {entry['size']}; build again"
         )
-    if status.st_mtime_ns > os.stat(folder / SUMS).st_mtime_ns:
-        _digest_again(folder / name, stated, size=status.st_size, report=report)
+    known = Known()
+    if not proven(name) and known.sha256(folder / name) != stated.hex:
+        report.step(f"checking {name}", total_bytes=status.st_size)
+        _digest_again(folder / name, stated, known, report=report)
     return stated
 
 
-def _digest_again(path: Path, stated: Digest, *, size: int, report: Reporter) -> None:
-    report.step(f"checking {path.name}", total_bytes=size)
-    if files.sha256(path, advance=report.advance) != stated.hex:
+def _digest_again(path: Path, stated: Digest, known: Known, *, report: Reporter) -> None:
+    try:
+        found = known.digest(path, advance=report.advance)
+    except OSError as error:
+        raise SourceError(f"{path.name} cannot be read: {error.strerror}") from error
+    if found != stated.hex:
         raise SourceError(f"{path.name} is not what pack.json says; build the pack again")
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, ModelfileError, SourceError, UsageError, shown
+from medllm_pack.known import Known
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.modelfile import PARAMETERS, Modelfile, render
@@ -58,6 +59,8 @@ def restore(
             papers = _made_papers(weights, report=report)
         for name in sorted(papers, key=lambda name: name == SUMS):  # SHA256SUMS last
             place(Blob.of(papers[name], ""), folder / name)
+    for name, blob in blobs.items():
+        Known().made(out / name, blob.digest.hex)
     return out
 
 
