@@ -18,8 +18,9 @@ from typing import Final, Self
 
 from medllm_pack.direct import aligned, switch_off, switch_on
 
-_WINDOW: Final = 4 << 20  # whole pages
+_WINDOW: Final = 8 << 20  # whole pages; smaller ones take longer (docs/log.md)
 _WINDOWS: Final = 3
+_PASSING: Final = 256 << 10
 
 
 class Passing:
@@ -27,15 +28,20 @@ class Passing:
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance, self._told = advance, 0
+        self._room = memoryview(bytearray(_PASSING))
         self.restart()
 
     def take_up(self, most: int) -> None:
         """Begin; there is nothing of an earlier run."""
 
-    def add(self, data: bytes) -> None:
-        """Take the next bytes."""
-        self._hash.update(data)
-        self.offset += len(data)
+    def room(self) -> memoryview:
+        """Return the memory that the next bytes belong into."""
+        return self._room
+
+    def filled(self, n_bytes: int) -> None:
+        """Take what was put at the start of the room."""
+        self._hash.update(self._room[:n_bytes])
+        self.offset += n_bytes
         if self.offset > self._told:
             self._advance(self.offset - self._told)
             self._told = self.offset
@@ -93,18 +99,17 @@ class Incoming:
         """Go on after what an earlier run left; from the start if that is more than ``most``."""
         if os.fstat(self._fd).st_size > most:
             self.restart()
-        while n := os.preadv(self._fd, [self._window[self._filled :]], self.offset):
+        while n := os.preadv(self._fd, [self.room()], self.offset):
             self._grow(n, write=False)
         switch_on(self._fd)
 
-    def add(self, data: bytes) -> None:
-        """Append bytes."""
-        view = memoryview(data)
-        while view:
-            n = min(len(view), _WINDOW - self._filled)
-            self._window[self._filled : self._filled + n] = view[:n]
-            self._grow(n, write=True)
-            view = view[n:]
+    def room(self) -> memoryview:
+        """Return the memory that the next bytes belong into; it is never empty."""
+        return self._window[self._filled :]
+
+    def filled(self, n_bytes: int) -> None:
+        """Append what was put at the start of the room."""
+        self._grow(n_bytes, write=True)
 
     def restart(self) -> None:
         """Empty the file."""

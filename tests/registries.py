@@ -21,9 +21,10 @@ import pytest
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
 from medllm_pack.publish.papers import attach, media_type
+from medllm_pack.publish.patience import Patience
 from medllm_pack.publish.release import Release, Tagged
 from medllm_pack.publish.targets import RegistryTarget
-from medllm_pack.publish.transport import Access, Patience
+from medllm_pack.publish.transport import Access
 
 QUICK = Patience(tries=5, first_wait_s=0.02, longest_wait_s=0.2, stall_s=10)
 ACCESS = Access(patience=QUICK)

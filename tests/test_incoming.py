@@ -12,15 +12,23 @@ import pytest
 
 from medllm_pack.incoming import Incoming
 
-WINDOW = 4 << 20
+WINDOW = 8 << 20
 DATA = random.Random(5).randbytes(3 * WINDOW + 12_345)  # more than there are windows
+
+
+def add(part: Incoming, data: bytes) -> None:
+    while data:
+        n = min(len(data), len(part.room()))
+        part.room()[:n] = data[:n]
+        part.filled(n)
+        data = data[n:]
 
 
 def fill(path: Path, data: bytes, *, piece: int, size: int) -> str:
     with Incoming(path, lambda _: None) as part:
         part.take_up(size)
         for start in range(part.offset, len(data), piece):
-            part.add(data[start : min(start + piece, len(data))])
+            add(part, data[start : start + piece])
         return part.finish()
 
 
@@ -30,7 +38,7 @@ def test_pieces_of_any_size_give_the_file_and_its_digest(tmp_path: Path, piece: 
     with Incoming(tmp_path / "x", told.append) as part:
         part.take_up(len(DATA))
         for start in range(0, len(DATA), piece):
-            part.add(DATA[start : start + piece])
+            add(part, DATA[start : start + piece])
         assert part.offset == len(DATA)
         assert part.finish() == hashlib.sha256(DATA).hexdigest()
     assert (tmp_path / "x").read_bytes() == DATA
@@ -48,7 +56,7 @@ def test_a_part_goes_on_wherever_it_ended(tmp_path: Path, left: int) -> None:
 def interrupted(path: Path, data: bytes) -> None:
     with Incoming(path, lambda _: None) as part:
         part.take_up(len(DATA))
-        part.add(data)
+        add(part, data)
         raise KeyboardInterrupt
 
 
@@ -65,7 +73,7 @@ def test_a_part_that_is_too_long_begins_anew(tmp_path: Path) -> None:
     with Incoming(tmp_path / "x", lambda _: None) as part:
         part.take_up(5)
         part.restart()
-        part.add(b"again")
+        add(part, b"again")
         assert part.finish() == hashlib.sha256(b"again").hexdigest()
     assert (tmp_path / "x").read_bytes() == b"again"
 
@@ -80,7 +88,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 with Incoming(path, lambda _: None) as part:
     part.take_up(len(data))
     for start in range(0, len(data), 65_536):
-        part.add(data[start : start + 65_536])
+        n = min(65_536, len(data) - start)
+        part.room()[:n] = data[start : start + n]
+        part.filled(n)
     part.finish()
 """
 

@@ -9,12 +9,16 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from medllm_pack.errors import TransferError
 from medllm_pack.publish import ollama_upload
 from medllm_pack.publish.probe import probe
 from medllm_pack.publish.push import Options, push
@@ -57,11 +61,17 @@ def test_ollama_pulls_through_the_documented_nginx_and_the_probe_knows_both_ways
             nginx.wait()
 
 
+Redirect = Literal["at once", "late", "never"]
+
+
 class FakeOllama:
     """registry.ollama.ai as its client sees it: signed tokens, redirected parts, an etag."""
 
-    def __init__(self, public: str, *, redirect: bool) -> None:
+    def __init__(self, public: str, *, redirect: Redirect) -> None:
         self.public, self.redirect = public, redirect
+        self.patched = 0  # bytes of parts that the registry itself received
+        self.storing = self.most_storing = 0
+        self.refuse_storing: list[int] = []  # statuses for the next parts
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
@@ -101,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Registry(_Handler):
     def handle_any(self) -> None:
-        url, data, fake = urlsplit(self.path), self.body(), self.fake
+        url, fake = urlsplit(self.path), self.fake
+        redirected = self.command == "PATCH" and fake.redirect == "at once"
+        data = b"" if redirected else self.body()
         own = f"http://{fake.host}"
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         last = url.path.rpartition("/")[2]
@@ -146,9 +158,15 @@ class _Registry(_Handler):
         following = f"/up/{name}/{int(n) + 1}"
         if self.headers.get("X-Redirect-Uploads") != "1":
             self.fake.problems.append("no X-Redirect-Uploads")
-        if self.fake.redirect:
+        if self.fake.redirect != "never":
             storage = f"http://localhost:{self.fake.storage.server_port}/{name}/{n}?signature=x"
-            self.reply(307, Location=storage, Docker_Upload_Location=following)
+            self.reply(
+                307, Location=storage, Docker_Upload_Location=following,
+                Connection="keep-alive" if data else "close",
+            )  # fmt: skip
+            self.close_connection = True
+            while not data and (came := self.rfile.read1(1 << 20)):
+                self.fake.patched += len(came)
         else:
             self.fake.parts[name][int(n)] = data
             self.reply(202, Docker_Upload_Location=following, Location="/wrong")
@@ -180,9 +198,20 @@ class _Storage(_Handler):
     def do_PUT(self) -> None:
         if "Authorization" in self.headers:
             self.fake.problems.append("a login reached the storage")
+        if self.headers.get("Content-Type") != "application/octet-stream":
+            self.fake.problems.append("another type than Ollama's client names")
         name, n = urlsplit(self.path).path.strip("/").split("/")
-        self.fake.parts[name][int(n)] = self.body()
-        self.reply(200)
+        with self.fake.lock:
+            self.fake.storing += 1
+            self.fake.most_storing = max(self.fake.most_storing, self.fake.storing)
+            status = self.fake.refuse_storing.pop() if self.fake.refuse_storing else 200
+        data = self.body()
+        time.sleep(0.05)
+        with self.fake.lock:
+            self.fake.storing -= 1
+        if status == 200:
+            self.fake.parts[name][int(n)] = data
+        self.reply(status)
 
 
 def _serve(fake: FakeOllama, handler: type[_Handler]) -> ThreadingHTTPServer:
@@ -207,16 +236,19 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return public.decode().split()[1]
 
 
-@pytest.mark.parametrize("redirect", [True, False])
-def test_ollamas_registry_takes_our_push(
-    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch, redirect: bool
-) -> None:
-    from dataclasses import replace
+LOCAL = replace(ACCESS, allow_hosts=("localhost",))
 
-    monkeypatch.setattr(ollama_upload, "LEAST", 100_000)  # parts of a real size need 200 MB
-    fake, sent = FakeOllama(key, redirect=redirect), release(tmp_path / "r", size=250_000)
-    access = replace(ACCESS, allow_hosts=("localhost",))
-    options = Options(state=tmp_path / "state", ask_ollama=False)
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ollama_upload, "LEAST", 1_200_000)  # parts of a real size need 200 MB
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("redirect", ["at once", "late", "never"])
+def test_ollamas_registry_takes_our_push(tmp_path: Path, key: str, redirect: Redirect) -> None:
+    fake, sent = FakeOllama(key, redirect=redirect), release(tmp_path / "r", size=3_600_000)
+    access, options = LOCAL, Options(state=tmp_path / "state", ask_ollama=False)
     try:
         done = push(
             sent, RegistryTarget("ollama", fake.host, "ns/model"), access=access, options=options
@@ -231,7 +263,33 @@ def test_ollamas_registry_takes_our_push(
     assert {str(blob.digest) for blob in sent.images[0].image.blobs} <= set(fake.blobs)
     assert sorted(map(len, fake.parts.values()))[-1] == 3
     assert (again.sent, again.transferred) == (0, 0)
+    if redirect == "at once":
+        small = sum(b.size for b in sent.blobs if b.size < 1_000_000)
+        assert fake.patched <= small  # of the weights not a byte
+        assert done.transferred <= sum(b.size for b in sent.blobs) + small
+        assert fake.most_storing > 1
     assert any("attached papers" in notice for notice in done.notices)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_part_that_the_storage_refuses_is_sent_again_and_alone(tmp_path: Path, key: str) -> None:
+    fake, sent = FakeOllama(key, redirect="at once"), release(tmp_path / "r", size=3_600_000)
+    fake.refuse_storing = [503, 429]
+    options = Options(state=tmp_path / "state", ask_ollama=False)
+    try:
+        target = RegistryTarget("ollama", fake.host, "ns/model")
+        done = push(sent, target, access=LOCAL, options=options)
+        whole = sum(blob.size for blob in sent.blobs)
+        assert whole < done.transferred <= whole + 2 * 1_200_000 + 1000
+        assert len(fake.parts) == len(list(sent.blobs))  # no upload began anew
+        fake.blobs.clear()
+        fake.manifests.clear()
+        fake.refuse_storing = [403] * 9
+        with pytest.raises(TransferError, match="answers 403 to a part"):
+            push(sent, target, access=LOCAL, options=options)
+    finally:
+        fake.close()
+    assert (fake.problems, fake.manifests) == ([], {})
 
 
 def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -> None:
@@ -245,7 +303,7 @@ def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -
         seed.hex().encode(),
         base64.b64encode(seed)[:42],
     ]
-    fake, shown = FakeOllama(key, redirect=False), b""
+    fake, shown = FakeOllama(key, redirect="never"), b""
     target = f"ollama://{fake.host}/ns/model"
     publish = [
         "publish",

@@ -1,43 +1,43 @@
-"""The body of a large answer, in pieces as they come, without the HTTP parser's copies.
+"""The body of a large answer, put where it belongs, without the HTTP parser's copies.
 
 httpx copies every byte of a body five times on its way through the parser, 64 KiB at a time, which
 costs more than the network of a data centre does. Where the length is stated, the first piece
-empties the parser and the rest is read from the connection itself. Memory: one piece.
+empties the parser and the rest is received from the connection itself. Memory: one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
-
 import httpx
 
-from medllm_pack.publish.transport import InterruptedTransferError
-
-_PIECE: Final = 64 << 10  # TLS gives 16 KiB at once, and more memory than this costs it dearly
+from medllm_pack.publish.line import Line
 
 
-def pieces(answer: httpx.Response, *, stall_s: float) -> Iterator[bytes]:
-    """Yield a body as it comes.
+class Body:
+    """The body of an answer whose connection is not used for another request."""
 
-    The connection cannot be used for another request afterwards; closing the answer closes it.
+    def __init__(self, answer: httpx.Response, *, stall_s: float) -> None:
+        self._parsed = answer.iter_raw()
+        self._piece = memoryview(next(self._parsed, b""))
+        self._line, self._left, self._stall_s = _line(answer), 0, stall_s
+        if self._line is not None:
+            self._left = int(answer.headers["Content-Length"]) - len(self._piece)
 
-    Raises:
-        InterruptedTransferError: if it ends before its stated length.
-    """
-    parsed = answer.iter_raw()
-    first = next(parsed, b"")
-    yield first
-    stream = answer.extensions.get("network_stream")
-    text = answer.headers.get("Content-Length", "")
-    chunked = answer.http_version != "HTTP/1.1" or "Transfer-Encoding" in answer.headers
-    if stream is None or chunked or not text.isdecimal():
-        yield from parsed
-        return
-    left = int(text) - len(first)
-    while left > 0:
-        data = stream.read(min(left, _PIECE), timeout=stall_s)
-        if not data:
-            raise InterruptedTransferError(f"{answer.url.host} ends an answer too early")
-        left -= len(data)
-        yield data
+    def read_into(self, buffer: memoryview) -> int:
+        """Put some bytes into memory and return their number; 0 at the end, stated or not."""
+        if not self._piece and self._line is not None:
+            room = buffer[: self._left]
+            n = self._line.read_into(room, self._stall_s) if room else 0
+            self._left -= n
+            return n
+        self._piece = self._piece or memoryview(next(self._parsed, b""))
+        data, self._piece = self._piece[: len(buffer)], self._piece[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _line(answer: httpx.Response) -> Line | None:
+    """Return the connection if the rest of the body is all that follows on it."""
+    line = answer.extensions.get("network_stream")
+    plain = answer.http_version == "HTTP/1.1" and "Transfer-Encoding" not in answer.headers
+    stated = answer.headers.get("Content-Length", "")
+    return line if isinstance(line, Line) and plain and stated.isdecimal() else None

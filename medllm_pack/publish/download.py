@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -20,11 +20,10 @@ from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
 from medllm_pack.incoming import Incoming, Passing
-from medllm_pack.publish.bodies import pieces
+from medllm_pack.publish.bodies import Body
+from medllm_pack.publish.patience import AGAIN, InterruptedTransferError
 from medllm_pack.publish.registry import Registry
-from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
-
-_BUSY: Final = (408, 425, 429, 500, 502, 503, 504)
+from medllm_pack.publish.transport import PIECE, Answer, busy
 
 
 def fetch_blob(
@@ -89,9 +88,7 @@ class _Download:
                 continue
             except InterruptedTransferError as error:
                 failures = 1 if self.part.offset > before else failures + 1
-                if failures >= self.patience.tries:
-                    raise error
-            self.patience.wait(failures)
+                self.patience.wait(failures, error)
         return self.part.finish()
 
     def _fetch(self) -> None:
@@ -99,14 +96,15 @@ class _Download:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         with self.registry.stream("GET", f"blobs/{self.digest}", headers=headers) as answer:
             self._check(answer)
-            for data in pieces(answer, stall_s=self.patience.stall_s):
-                if self.part.offset + len(data) > self.size:
+            body = Body(answer, stall_s=self.patience.stall_s)
+            while n := body.read_into(self.part.room()):
+                if self.part.offset + n > self.size:
                     self.part.restart()
                     raise TransferError(
                         f"{self.registry.target.host} sends more than the {self.size} bytes of "
                         f"{self.digest}; refused"
                     )
-                self.part.add(data)
+                self.part.filled(n)
         if self.part.offset < self.size:
             raise InterruptedTransferError(
                 f"{self.registry.target.host} ends {self.digest} too early; run it again, what "
@@ -115,8 +113,9 @@ class _Download:
 
     def _check(self, answer: httpx.Response) -> None:
         status, host, offset = answer.status_code, self.registry.target.host, self.part.offset
-        if status in _BUSY:
-            raise InterruptedTransferError(f"{host} answers {status}; try again later")
+        refusal = Answer(status, answer.headers, str(answer.url), b"")
+        if status in AGAIN:
+            raise busy(refusal)
         if status == 200:
             self.part.restart()  # it knows no ranges
         elif status == 206 and offset:
@@ -124,7 +123,6 @@ class _Download:
             if answer.headers.get("Content-Range") != wanted:
                 raise TransferError(f"{host} gives another range of {self.digest} than asked for")
         else:
-            refusal = Answer(status, answer.headers, str(answer.url), b"")
             raise self.registry.refused(refusal, f"fetching {self.digest}")
         expected = self.size - self.part.offset
         stated = answer.headers.get("Content-Length", str(expected))

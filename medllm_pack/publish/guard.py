@@ -18,6 +18,7 @@ import httpcore
 import httpx
 
 from medllm_pack.errors import TransferError, shown
+from medllm_pack.publish.line import Line
 
 _PORTS = {"http": 80, "https": 443}
 _POOL = 8
@@ -89,8 +90,8 @@ class _Backend(httpcore.NetworkBackend):
         failure: Exception = httpcore.ConnectError("the name has no address")
         for address in self._addresses(host, port):
             try:
-                return self._inner.connect_tcp(
-                    address, port, timeout, local_address, socket_options
+                return Line(
+                    self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
                 )
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +22,16 @@ from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
+from medllm_pack.publish.patience import InterruptedTransferError, StoppedError
 from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
 from medllm_pack.publish.release import OCI_INDEX, Release
 from medllm_pack.publish.targets import RegistryTarget, checked_tag
-from medllm_pack.publish.transport import Access, InterruptedTransferError
-from medllm_pack.publish.upload import CHUNK, Sending, Sent, StoppedError, send_blob
+from medllm_pack.publish.transport import Access
+from medllm_pack.publish.upload import CHUNK, Sending, Sent, send_blob
 
 _AT_ONCE = 2  # blobs; one large one fills most lines
+_LAST_S = 20.0  # for the running chunks to end after an interrupt
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _send_blobs(
     except BaseException:
         stop.set()
         report.notice("finishing the running chunk, so that the next run goes on from there")
-        _listen(advanced, report, threads)
+        _listen(advanced, report, threads, until=time.monotonic() + _LAST_S)
         raise
     _raise_first(errors)
     return done
@@ -198,10 +201,16 @@ def _taken(work: Iterator[Blob], lock: threading.Lock) -> Iterator[Blob]:
 
 
 def _listen(
-    advanced: queue.SimpleQueue[int], report: Reporter, threads: Sequence[threading.Thread]
+    advanced: queue.SimpleQueue[int],
+    report: Reporter,
+    threads: Sequence[threading.Thread],
+    *,
+    until: float = float("inf"),
 ) -> None:
-    """Report what the workers send, from this thread, until all have ended."""
+    """Report what the workers send, from this thread, until all have ended or it is late."""
     while any(thread.is_alive() for thread in threads) or not advanced.empty():
+        if time.monotonic() > until:
+            return
         try:
             report.advance(advanced.get(timeout=0.05))
         except queue.Empty:

@@ -150,13 +150,13 @@ class Registry:
 
     def blob_size(self, digest: Digest) -> int | None:
         """Return the size of a blob that is there, else None."""
-        with self.stream("HEAD", f"blobs/{digest}") as answer:
-            if answer.status_code == 404:
-                return None
-            if answer.status_code != 200:
-                raise self.refused(_bodiless(answer), "asking for a blob")
-            text = answer.headers.get("Content-Length", "")
-            return int(text) if text.isascii() and text.isdigit() else -1
+        answer = self.call("HEAD", f"blobs/{digest}")
+        if answer.status == 404:
+            return None
+        if answer.status != 200:
+            raise self.refused(answer, "asking for a blob")
+        text = answer.headers.get("Content-Length", "")
+        return int(text) if text.isascii() and text.isdigit() else -1
 
     def start_upload(self, digest: Digest, *, mount_from: str | None = None) -> str | None:
         """Open an upload and return its address; None if the blob was mounted instead."""
@@ -262,10 +262,6 @@ class Registry:
         }.get(answer.status, "nothing was tagged; try again later")
         said = f"{answer.status} {code}".rstrip()
         return TransferError(f"{doing}: {shown(host)} answers {said}: {meaning}")
-
-
-def _bodiless(answer: httpx.Response) -> Answer:
-    return Answer(answer.status_code, answer.headers, str(answer.url), b"")
 
 
 def _check_type(found: Manifest) -> None:

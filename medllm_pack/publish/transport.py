@@ -7,9 +7,7 @@ Knows nothing of registries. Memory: bodies are streamed; a body that is kept ha
 
 from __future__ import annotations
 
-import random
 import ssl
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,42 +22,16 @@ import medllm_pack
 from medllm_pack.errors import TransferError, shown
 from medllm_pack.publish.credentials import Secret
 from medllm_pack.publish.guard import GuardedTransport, Origin, host_name, is_loopback
+from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, Patience, retry_after
 
 KEPT = 4 << 20  # bytes of an answer that is kept; the specification asks for 4 MiB of manifest
 PIECE = 1 << 20  # bytes that are read or written at a time
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _FAILURES = (
     httpx.HTTPError, httpx.InvalidURL, httpcore.NetworkError,
     httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
-
-
-class InterruptedTransferError(TransferError):
-    """A connection failed or fell silent, or the server is busy: worth another try."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to insist.
-
-    Attributes:
-        tries: failures in a row after which it is given up.
-        first_wait_s: pause after the first; it doubles, and varies by a half.
-        longest_wait_s: bound of the pause, also where the server asks for more.
-        stall_s: silence after which a connection counts as dead.
-    """
-
-    tries: int = 6
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 30.0
-    stall_s: float = 60.0
-
-    def wait(self, failures: int, asked_s: float = 0.0) -> None:
-        """Sleep before the next try."""
-        pause = max(self.first_wait_s * 2.0 ** (failures - 1) * random.uniform(0.75, 1.25), asked_s)
-        time.sleep(min(pause, self.longest_wait_s))
 
 
 @dataclass(frozen=True)
@@ -208,28 +180,36 @@ class Door:
         """Send a request and keep the answer; if ``again``, insist where it may help.
 
         Raises:
-            InterruptedTransferError: if the server cannot be reached or stays busy.
+            InterruptedTransferError: if the server cannot be reached; a GivenUpError if it was
+                insisted on, also where the server stays busy.
             TransferError: if the answer is larger than what is kept.
         """
         failures = 0
         while True:
             try:
-                with self.stream(
-                    method, url, headers=headers, body=body, authorization=authorization
-                ) as answer:
-                    if answer.status_code not in _AGAIN or not again:
-                        return Answer(
-                            answer.status_code, answer.headers, str(answer.url), kept(answer)
-                        )
-                    asked = _retry_after(answer)
-                    busy = f"{Origin.of(url).host} answers {answer.status_code}; try again later"
-                    failure = InterruptedTransferError(busy)
+                answer = self._kept(method, url, headers, body, authorization)
+                if answer.status not in AGAIN or not again:
+                    return answer
+                failure = busy(answer)
             except InterruptedTransferError as error:
-                failure, asked = error, 0.0
-            failures += 1
-            if not again or failures >= self.access.patience.tries:
+                failure = error
+            if not again:
                 raise failure
-            self.access.patience.wait(failures, asked)
+            failures += 1
+            self.access.patience.wait(failures, failure)
+
+    def _kept(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None,
+        body: Iterable[bytes] | bytes | None,
+        authorization: Secret | None,
+    ) -> Answer:
+        with self.stream(
+            method, url, headers=headers, body=body, authorization=authorization
+        ) as answer:
+            return Answer(answer.status_code, answer.headers, str(answer.url), kept(answer))
 
     @contextmanager
     def _sent(
@@ -260,6 +240,13 @@ class Door:
         if here.scheme == "https" and there.scheme != "https":
             raise TransferError(f"{here.host} redirects to an unencrypted address; refused")
         self._check_plain(there)
+
+
+def busy(answer: Answer) -> InterruptedTransferError:
+    """Return what an answer means that another try may better."""
+    host = Origin.of(answer.url).host
+    said = f"{host} answers {answer.status}; try again later"
+    return InterruptedTransferError(said, asked_s=retry_after(answer.headers))
 
 
 def kept(answer: httpx.Response, *, limit: int = KEPT) -> bytes:
@@ -309,8 +296,3 @@ def _cause(error: BaseException | None, kind: type[ssl.SSLCertVerificationError]
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _retry_after(answer: httpx.Response) -> float:
-    text = answer.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() else 0.0

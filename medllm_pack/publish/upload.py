@@ -17,18 +17,21 @@ from urllib.parse import urljoin
 from medllm_pack.errors import SourceError, TransferError
 from medllm_pack.ollama.image import Blob
 from medllm_pack.publish.journal import Entry, Journal
-from medllm_pack.publish.ollama_upload import send_parts
+from medllm_pack.publish.ollama_upload import PartedUpload
+from medllm_pack.publish.patience import (
+    AGAIN,
+    GivenUpError,
+    InterruptedTransferError,
+    StoppedError,
+    retry_after,
+)
 from medllm_pack.publish.registry import Registry
-from medllm_pack.publish.transport import PIECE, Answer, InterruptedTransferError
+from medllm_pack.publish.transport import PIECE, Answer
 
 CHUNK: Final = 64 << 20
 _RANGE: Final = re.compile(r"(?:bytes=)?0-(\d+)", re.ASCII)
-_GONE: Final = (400, 404, 405, 410, 416)
+_GONE: Final = (400, 404, 405, 410, 416)  # what registries say of an upload they forgot
 _MOST_RESTARTS: Final = 3
-
-
-class StoppedError(TransferError):
-    """The user interrupted, and the running chunk has been finished."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,45 @@ class _Whole:
     def run(self) -> None:
         failures = 0
         while True:
-            if self.sending.stop.is_set():
-                raise StoppedError("interrupted; the next run goes on from here")
+            self.check_stop()
             try:
                 answer = self._attempt()
+                if answer.status == 201:
+                    return
+                raise self.refused(answer)
+            except GivenUpError:
+                raise
             except InterruptedTransferError as error:
-                if self.registry.blob_size(self.blob.digest) == self.blob.size:
-                    return  # it was taken, only the answer was lost
-                failures = _patience(self.registry, failures, error)
-                continue
-            if answer.status == 201:
-                return
-            if answer.status not in (404, 500, 502, 503, 504, 408, 429):
-                raise _refused(self.registry, self.blob, answer)
-            failures = _patience(
-                self.registry, failures, _refused(self.registry, self.blob, answer)
+                failure = error
+            if self.arrived():
+                return  # it was taken, only the answer was lost
+            failures += 1
+            self.wait(failures, failure)
+
+    def arrived(self) -> bool:
+        return self.registry.blob_size(self.blob.digest) == self.blob.size
+
+    def wait(self, failures: int, error: InterruptedTransferError) -> None:
+        patience = self.registry.door.access.patience
+        patience.wait(failures, error, stop=self.sending.stop)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        if self.sending.stop.is_set():
+            raise StoppedError("interrupted; the next run goes on from here")
+
+    def refused(self, answer: Answer) -> TransferError:
+        """Say what an answer means; another try may better some."""
+        if b"DIGEST_INVALID" in answer.body:
+            return TransferError(
+                f"the registry received other bytes than those of {self.blob.digest}: the file "
+                "was changed after it was packed, or the way is faulty; check it with "
+                "`medllm-pack verify`"
             )
+        error = self.registry.refused(answer, f"sending {self.blob.digest}")
+        if answer.status in AGAIN or answer.status in _GONE:
+            return InterruptedTransferError(str(error), asked_s=retry_after(answer.headers))
+        return error
 
     def _attempt(self) -> Answer:
         location = self.registry.start_upload(self.blob.digest)
@@ -166,15 +192,23 @@ class _Whole:
 class _Parts(_Whole):
     """A blob to Ollama's own registry."""
 
+    def __init__(self, blob: Blob, sending: Sending, meter: _Meter) -> None:
+        super().__init__(blob, sending, meter)
+        self._meters: dict[int, _Meter] = {}  # of parts that may be sent at once
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.meter.total = sum(meter.total for meter in self._meters.values())
+
     def _attempt(self) -> Answer:
-        answer = send_parts(self.registry, self.blob, self._body, self.sending.stop)
-        if answer is None:
-            raise StoppedError("interrupted; the next run sends this blob anew")
-        return answer
+        return PartedUpload(self.registry, self.blob, self._body, self.sending.stop).run()
 
     def _body(self, start: int, end: int) -> Iterator[bytes]:
-        self.meter.position = start
-        return iter(Part(self.blob, start, end, self.meter.count))
+        meter = self._meters.setdefault(start, _Meter(self.sending.advance))
+        meter.position = 0
+        return iter(Part(self.blob, start, end, meter.count))
 
 
 class _Chunked(_Whole):
@@ -192,21 +226,25 @@ class _Chunked(_Whole):
                 answer = self.registry.finish_upload(entry.location, self.blob.digest)
                 if answer.status == 201:
                     return
-                failure = _refused(self.registry, self.blob, answer)
-                if answer.status < 500 and restarts >= 1:
+                failure = self.refused(answer)
+                if restarts or isinstance(failure, InterruptedTransferError):
                     raise failure
+                # Of an upload that was gone on with, bytes may be missing.
                 self._drop(entry)
-                entry = None
+                entry, failure = None, InterruptedTransferError(str(failure))
+            except GivenUpError:
+                raise
             except InterruptedTransferError as error:
                 failure = error
-                if self.registry.blob_size(self.blob.digest) == self.blob.size:
+                if self.arrived():
                     return
                 entry = self._recovered(entry) if entry else None
             if entry is None:
                 restarts += 1
                 if restarts > _MOST_RESTARTS:
                     raise failure
-            failures = _patience(self.registry, failures, failure)
+            failures += 1
+            self.wait(failures, failure)
 
     def _started(self) -> Entry:
         location = self.registry.start_upload(self.blob.digest)
@@ -219,8 +257,7 @@ class _Chunked(_Whole):
 
     def _next(self, entry: Entry) -> Entry:
         """Send the next chunk and return where the upload stands then."""
-        if self.sending.stop.is_set():
-            raise StoppedError("interrupted; the next run goes on from here")
+        self.check_stop()
         end = min(entry.offset + self.sending.chunk, self.blob.size)
 
         def body() -> Part:
@@ -238,10 +275,8 @@ class _Chunked(_Whole):
             body=body,
             again=False,
         )
-        if answer.status in _GONE or answer.status >= 500 or answer.status in (408, 429):
-            raise InterruptedTransferError(str(_refused(self.registry, self.blob, answer)))
         if answer.status not in (201, 202, 204):
-            raise _refused(self.registry, self.blob, answer)
+            raise self.refused(answer)
         entry = Entry(self.registry.location(answer), end)
         self.sending.journal.save(self.blob, entry)
         return entry
@@ -249,9 +284,11 @@ class _Chunked(_Whole):
     def _recovered(self, entry: Entry) -> Entry | None:
         """Ask where an upload stands; None if it must begin anew."""
         try:
-            answer = self.registry.call("GET", entry.location)
+            answer = self.registry.call("GET", entry.location, again=False)
         except InterruptedTransferError:
             return entry  # still unreachable; the next try asks again
+        if answer.status in AGAIN:
+            return entry
         match = _RANGE.fullmatch(answer.headers.get("Range", ""))
         if answer.status == 204 and match:
             # 0 bytes and 1 byte both read 0-0; a chunk is never one byte.
@@ -277,21 +314,3 @@ def _newest(answer: Answer, location: str) -> str:
     """Return the newest address of an upload."""
     named = answer.headers.get("Location")
     return urljoin(answer.url, named) if named else location
-
-
-def _patience(registry: Registry, failures: int, error: TransferError) -> int:
-    failures += 1
-    patience = registry.door.access.patience
-    if failures >= patience.tries:
-        raise error
-    patience.wait(failures)
-    return failures
-
-
-def _refused(registry: Registry, blob: Blob, answer: Answer) -> TransferError:
-    if b"DIGEST_INVALID" in answer.body:
-        return TransferError(
-            f"the registry received other bytes than those of {blob.digest}: the file was changed "
-            "after it was packed, or the way is faulty; check it with `medllm-pack verify`"
-        )
-    return registry.refused(answer, f"sending {blob.digest}")
