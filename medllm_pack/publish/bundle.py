@@ -91,6 +91,8 @@ def read_bundle(path: Path, *, report: Reporter | None = None, verify: bool = Tr
     index = _content(members[_INDEX])
     release = reader.release(index)
     reader.refuse_what_is_left()
+    if list(members) != [_LAYOUT_FILE, _INDEX, *map(_name, _blobs(release))]:
+        raise SourceError(f"{shown(path)} has its members in another order; copy it again")
     if _index(release) != index:
         raise SourceError(f"{_INDEX} in {shown(path)} was changed; copy the bundle again")
     if verify:

@@ -71,10 +71,11 @@ def padding(size: int) -> bytes:
 
 
 def members(path: Path) -> dict[str, Slice]:
-    """Return every member's place; all headers are read, no content.
+    """Return every member's place, in their order; all headers are read, no content.
 
     Raises:
-        SourceError: if the archive has anything but plain files under distinct names, or is cut.
+        SourceError: if the archive has anything but plain files under distinct names, is cut, or
+            differs in a byte outside of the contents from what this package writes.
     """
     found: dict[str, Slice] = {}
     try:
@@ -101,7 +102,9 @@ def _headers(file: BinaryIO, total: int, path: Path) -> Iterator[tuple[str, int,
         if following > total or n > _MOST_MEMBERS:
             raise SourceError(f"{shown(path)} ends inside of {shown(name)}; copy it again")
         yield name, offset, size
-        file.seek(following)
+        file.seek(offset + size)
+        if any(file.read(following - offset - size)):
+            raise SourceError(f"{shown(path)} has bytes behind {shown(name)}; copy it again")
         offset = following
     if total - offset != len(END) or any(file.read(BLOCK)):
         raise SourceError(f"{shown(path)} does not end where a bundle ends; copy it again")
