@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import httpx
 
@@ -24,6 +24,8 @@ from medllm_pack.publish.bodies import Body
 from medllm_pack.publish.patience import AGAIN, InterruptedTransferError
 from medllm_pack.publish.registry import Registry
 from medllm_pack.publish.transport import PIECE, Answer, busy
+
+_PROGRESS: Final = 1 << 20  # bytes after which a failure is a first one again
 
 
 def fetch_blob(
@@ -87,7 +89,8 @@ class _Download:
                 self._fetch()
                 continue
             except InterruptedTransferError as error:
-                failures = 1 if self.part.offset > before else failures + 1
+                # A few bytes a try would go on for ever.
+                failures = 1 if self.part.offset >= before + _PROGRESS else failures + 1
                 self.patience.wait(failures, error)
         return self.part.finish()
 
