@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +29,10 @@ def hub(tmp_path: Path, tokenizer: bytes) -> Iterator[FakeHub]:
     with FakeHub() as server:
         model = pico.write_model(tmp_path / "model", tokenizer=tokenizer)
         server.repository(MERGED).commit(content(model))
-        texts = {"LICENSE.txt": b"LLAMA 2 COMMUNITY LICENSE AGREEMENT\n", "USE_POLICY.md": b"# P\n"}
+        texts = {
+            "LICENSE.txt": b"LLAMA 2 COMMUNITY LICENSE AGREEMENT\n",
+            "USE_POLICY.md": b"# Acceptable Use Policy\n",
+        }
         base = pico.write_model(tmp_path / "base", shards=2, tokenizer=tokenizer)
         server.repository(BASE).commit(content(base) | texts)
         yield server
@@ -100,3 +105,51 @@ def test_second_build_works_with_the_hub_gone(hub: FakeHub, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_pack_is_rebuilt_from_its_pinned_commits_on_a_machine_that_never_saw_them(
+    hub: FakeHub, tmp_path: Path, tokenizer: bytes
+) -> None:
+    """The branches have moved on meanwhile; nothing but the pack says what it was made from."""
+    lora = pico.write_adapter(tmp_path / "lora")
+    hub.repository("org/lora").commit(content(lora))
+    words = ("--quant", "f16", "--adapter", "org/lora")
+    assert run(hub, tmp_path, "build", "7b", *words).returncode == 0
+    pinned = {
+        entry["role"]: (entry["source"], entry["revision"])
+        for entry in json.loads((tmp_path / "dist/7b/pack.json").read_text())["inputs"]
+    }
+    assert pinned == {
+        "base": (BASE, hub.repositories[BASE].refs["main"]),
+        "adapter": ("org/lora", hub.repositories["org/lora"].refs["main"]),
+    }
+    tensors = {k: v * 2 for k, v in pico.adapter_tensors(pico.LLAMA).items()}
+    hub.repository("org/lora").commit(content(pico.write_adapter(tmp_path / "m", tensors=tensors)))
+    other = pico.write_model(tmp_path / "other", pico.MISTRAL, tokenizer=tokenizer)
+    hub.repository(BASE).commit(content(other))
+    before = content(tmp_path / "dist/7b")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tmp_path / "dist/7b", elsewhere / "pack")
+    done = run(hub, elsewhere, "verify", "pack", "--rebuild")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^rebuild +yes .* the same digests$", done.stdout, re.MULTILINE)
+    assert [path.name for path in elsewhere.iterdir() if path.name.startswith(".")] == []
+    assert content(elsewhere / "pack") == before
+
+    done = run(hub, elsewhere, "verify", "pack", "--rebuild", "--adapter", "org/lora@main")
+    assert done.returncode == 3
+    assert "'adapter_model.safetensors' (adapter) is not the file" in done.stdout
+
+
+def test_a_rebuild_whose_commit_is_gone_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    assert run(hub, tmp_path, "build", "7b", "--quant", "f16").returncode == 0
+    hub.repositories[MERGED].commits.clear()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run(hub, elsewhere, "verify", "../dist/7b", "--rebuild")
+    assert done.returncode == 1
+    assert MERGED in done.stderr
+    assert "rebuild    yes" not in done.stdout
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == {"7b"}
