@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from medllm_pack.publish.mounting import LARGE, Places
 from medllm_pack.publish.push import Options, missing, push
 from medllm_pack.publish.release import PACK_ARTIFACT
 from tests.registries import ACCESS, Registry, needs, release
@@ -106,6 +107,35 @@ def test_blobs_are_mounted_across_repositories(
     done = push(sent, registry.target("c/d"), access=ACCESS, options=mounting)
     assert (done.sent, done.mounted, done.transferred) == (0, len(list(sent.blobs)), 0)
     registry.check_whole("c/d")
+
+
+def test_what_another_repository_is_known_to_have_is_mounted_unasked(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r", size=LARGE)
+    push(sent, registry.target("a/b"), access=ACCESS, options=options)
+    done = push(sent, registry.target("c/d"), access=ACCESS, options=options)
+    weights, *small = sent.blobs
+    assert (done.mounted, done.sent) == (1, len(small))
+    assert done.transferred == sum(blob.size for blob in small)
+    registry.check_whole("c/d")
+    assert Places(registry.host, folder=options.state).of(weights.digest) == ("c/d", "a/b")
+    done = push(sent, registry.target("c/d"), access=ACCESS, options=options)
+    assert (done.mounted, done.sent, done.skipped) == (0, 0, 1 + len(small))
+
+
+def test_what_is_known_but_no_longer_there_is_sent(
+    registry: Registry, tmp_path: Path, options: Options
+) -> None:
+    sent = release(tmp_path / "r", size=LARGE)
+    places = Places(registry.host, folder=options.state)
+    for name in ("no/such", "UPPER/../case", "gone"):
+        places.remember(sent.blobs, name)
+    done = push(sent, registry.target("c/d"), access=ACCESS, options=options)
+    assert (done.mounted, done.sent) == (0, len(list(sent.blobs)))
+    registry.check_whole("c/d")
+    uploads = registry.folder / "store/docker/registry/v2/repositories/c/d/_uploads"
+    assert not list(uploads.rglob("data"))  # what was opened in vain was closed again
 
 
 @needs("skopeo")

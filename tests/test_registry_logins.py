@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from medllm_pack.errors import TransferError
+from medllm_pack.publish.mounting import LARGE
 from medllm_pack.publish.push import Options, push
 from medllm_pack.publish.transport import Access
 from tests.packs import build_pack
@@ -167,6 +168,10 @@ def test_tokens_are_fetched_renewed_and_cover_a_mount(
         mounting = Options(state=tmp_path / "state", ask_ollama=False, mount_from=("a/b",))
         done = push(sent, registry.target("c/d"), access=access, options=mounting)
         assert (done.sent, done.mounted) == (0, len(list(sent.blobs)))
+        known = release(tmp_path / "known", size=LARGE)
+        push(known, registry.target("a/b"), access=access, options=options)
+        done = push(known, registry.target("e/f"), access=access, options=options)
+        assert (done.mounted, done.sent) == (1, len(list(known.blobs)) - 1)
         before = len(tokens.given)
         from medllm_pack.publish.registry import opened
 

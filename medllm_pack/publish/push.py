@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
+from medllm_pack.publish.mounting import Places, mount_known
 from medllm_pack.publish.patience import InterruptedTransferError, StoppedError
 from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
@@ -106,7 +107,12 @@ def push(
         report.notice(line)
     with opened(target, access, push=True, also=options.mount_from) as registry:
         journal = Journal(registry.origin, target.repository, folder=options.state)
-        done = _send_blobs(list(release.blobs), registry, journal, options, report)
+        blobs, places = list(release.blobs), Places(target.host, folder=options.state)
+        mounted = mount_known(blobs, target, access, places)
+        done = [
+            replace(sent, how="mounted") if sent.blob.digest in mounted else sent
+            for sent in _send_blobs(blobs, registry, journal, options, report)
+        ]
         notices = []
         for tagged in release.images:
             _put_image(registry, tagged.image, by_digest=target.kind == "oci", report=report)
@@ -115,6 +121,7 @@ def push(
         for tagged in release.images:
             for tag in tagged.tags:
                 _tag(registry, tagged.image, tag)
+        places.remember(blobs, target.repository)
     images = tuple((tagged.image.digest, tagged.tags) for tagged in release.images)
     verdict = None
     if options.ask_ollama:
