@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import socket
 import socketserver
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -49,7 +51,8 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         # Whether TLS is spoken here is asked first.
-        if self.connection.recv(1, socket.MSG_PEEK) == b"\x16":
+        encrypted = isinstance(self.connection, ssl.SSLSocket)
+        if not encrypted and self.connection.recv(1, socket.MSG_PEEK) == b"\x16":
             return
         while line := self.rfile.readline():
             method, path, _ = line.decode().split(" ")
@@ -71,15 +74,26 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[str]:
+def serving(script: Script, *, tls: tuple[Path, Path] | None = None) -> Iterator[str]:
     """Yield the ``host:port`` of a server that does with every request what a script says.
 
-    A script that raises ConnectionError ends the connection.
+    A script that raises ConnectionError ends the connection. Certificate and key make it speak TLS.
     """
+    context = None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
     handler = type("Handler", (_Handler,), {"script": staticmethod(script)})
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = allow_reuse_address = True
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            if not context:
+                super().finish_request(request, client_address)
+                return
+            with context.wrap_socket(request, server_side=True) as encrypted:
+                super().finish_request(encrypted, client_address)
 
         def handle_error(self, *_: object) -> None:
             """A client that hung up is no news."""

@@ -51,8 +51,8 @@ def htpasswd(tmp_path: Path) -> dict[str, object]:
     return {"auth": {"htpasswd": {"realm": "x", "path": str(tmp_path / "htpasswd")}}}
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a key and a certificate of its own for localhost."""
+def certificate(folder: Path, *others: str) -> tuple[Path, Path]:
+    """Make a key and a certificate of its own for localhost and other names."""
     from ipaddress import ip_address
 
     from cryptography import x509
@@ -63,7 +63,8 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    hosts = [x509.DNSName(name) for name in ("localhost", *others)]
+    names = [*hosts, x509.IPAddress(ip_address("127.0.0.1"))]
     made = (
         x509.CertificateBuilder()
         .subject_name(name).issuer_name(name).public_key(key.public_key())

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpcore
-import httpx
 
 from medllm_pack.errors import TransferError, shown
 from medllm_pack.publish.line import Line
 
 _PORTS = {"http": 80, "https": 443}
-_POOL = 8
 
 
 class ForbiddenAddressError(TransferError):
@@ -71,7 +68,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-class _Backend(httpcore.NetworkBackend):
+class GuardedBackend(httpcore.NetworkBackend):
     """Connects to checked addresses only."""
 
     def __init__(self, named: frozenset[str]) -> None:
@@ -105,11 +102,16 @@ class _Backend(httpcore.NetworkBackend):
         addresses = [str(info[4][0]) for info in found]
         if host not in self._named:
             for address in addresses:
-                _refuse_inner(address.partition("%")[0], host)
+                refuse_inner(address.partition("%")[0], host)
         return addresses
 
 
-def _refuse_inner(address: str, host: str) -> None:
+def refuse_inner(address: str, host: str) -> None:
+    """Refuse an address of this machine or of the local network.
+
+    Raises:
+        ForbiddenAddressError: naming the host that led there.
+    """
     ip = ipaddress.ip_address(address)
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if not ip.is_global or ip.is_multicast or (mapped is not None and not mapped.is_global):
@@ -117,59 +119,3 @@ def _refuse_inner(address: str, host: str) -> None:
             f"the registry sends us to {shown(host)}, which is this machine or the local network; "
             f"if that is right, say --allow-host {host}"
         )
-
-
-class _Body(httpx.SyncByteStream):
-    def __init__(self, stream: Iterable[bytes]) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._stream)
-
-    def close(self) -> None:
-        if hasattr(self._stream, "close"):
-            self._stream.close()
-
-
-class GuardedTransport(httpx.BaseTransport):
-    """httpx's transport over a pool whose connections are checked.
-
-    Args:
-        named: hosts the user named.
-        context: how certificates are checked.
-    """
-
-    def __init__(self, named: frozenset[str], context: ssl.SSLContext) -> None:
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=context, max_connections=_POOL, network_backend=_Backend(named)
-        )
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the errors are httpcore's."""
-        assert isinstance(request.stream, httpx.SyncByteStream)
-        url = httpcore.URL(
-            scheme=request.url.raw_scheme,
-            host=request.url.raw_host,
-            port=request.url.port,
-            target=request.url.raw_path,
-        )
-        answer = self._pool.handle_request(
-            httpcore.Request(
-                request.method,
-                url,
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
-            )
-        )
-        assert isinstance(answer.stream, Iterable)
-        return httpx.Response(
-            answer.status,
-            headers=answer.headers,
-            stream=_Body(answer.stream),
-            extensions=answer.extensions,
-        )
-
-    def close(self) -> None:
-        """Close every connection."""
-        self._pool.close()

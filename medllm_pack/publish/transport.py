@@ -1,7 +1,7 @@
 """The door to HTTP: one request, its redirects by hand, its failures as our own.
 
-A login goes to the origin it was meant for and is dropped at any other. No proxy, netrc or other
-setting of the environment is read, except SSL_CERT_FILE and SSL_CERT_DIR, which OpenSSL honours.
+A login goes to the origin it was meant for and is dropped at any other. Of the environment are read
+the proxies and, by OpenSSL, SSL_CERT_FILE and SSL_CERT_DIR; no netrc and nothing else.
 Knows nothing of registries. Memory: bodies are streamed; a body that is kept has a limit.
 """
 
@@ -21,8 +21,10 @@ import httpx
 import medllm_pack
 from medllm_pack.errors import TransferError, shown
 from medllm_pack.publish.credentials import Secret
-from medllm_pack.publish.guard import GuardedTransport, Origin, host_name, is_loopback
+from medllm_pack.publish.guard import Origin, host_name, is_loopback
 from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, Patience, retry_after
+from medllm_pack.publish.pools import GuardedTransport
+from medllm_pack.publish.proxy import proxy_for
 
 KEPT = 4 << 20  # bytes of an answer that is kept; the specification asks for 4 MiB of manifest
 PIECE = 1 << 20  # bytes that are read or written at a time
@@ -30,7 +32,8 @@ _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _FAILURES = (
     httpx.HTTPError, httpx.InvalidURL, httpcore.NetworkError,
-    httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol, OSError,
+    httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol,
+    httpcore.ProxyError, OSError,
 )  # fmt: skip
 
 
@@ -215,17 +218,17 @@ class Door:
     def _sent(
         self, method: str, url: str, headers: dict[str, str], body: Iterable[bytes] | bytes | None
     ) -> Iterator[httpx.Response]:
-        host = Origin.of(url).host
+        origin = Origin.of(url)
         try:
             request = self._client.build_request(method, url, headers=headers, content=body)
             answer = self._client.send(request, stream=True)
         except _FAILURES as error:
-            raise _explained(host, error) from None
+            raise _explained(origin, error) from None
         try:
             yield answer
         except (httpx.HTTPError, httpcore.NetworkError,
                 httpcore.ProtocolError, httpcore.TimeoutException) as error:  # fmt: skip
-            raise _explained(host, error) from None
+            raise _explained(origin, error) from None
         finally:
             answer.close()
 
@@ -277,17 +280,37 @@ def _certificates(ca: Path | None) -> ssl.SSLContext:
     return context
 
 
-def _explained(host: str, error: Exception) -> TransferError:
+def _explained(origin: Origin, error: Exception) -> TransferError:
     """Say what failed; not in the error's own words, which may hold an address with a signature."""
+    host = origin.host
     certificate = _cause(error, ssl.SSLCertVerificationError)
     if certificate is not None:
         return TransferError(
             f"the certificate of {host} is not trusted ({certificate.verify_message}); name its "
             "authority with --ca FILE or SSL_CERT_FILE"
         )
+    if isinstance(error, httpcore.ProxyError):
+        return _refused_by_proxy(host, str(error)[:3])
     name = type(error).__name__
     fact = "gives no answer in time" if "Timeout" in name else f"cannot be reached ({name})"
-    return InterruptedTransferError(f"{host} {fact}; try again, what was sent is kept")
+    proxied = origin.scheme == "https" and proxy_for(host, origin.port)
+    way = " through the proxy of HTTPS_PROXY" if proxied else ""
+    return InterruptedTransferError(f"{host} {fact}{way}; try again, what was sent is kept")
+
+
+def _refused_by_proxy(host: str, status: str) -> TransferError:
+    if status.startswith("5"):
+        return InterruptedTransferError(
+            f"the proxy of HTTPS_PROXY answers {shown(status)} for {host}; try again"
+        )
+    hint = (
+        "put user and password into HTTPS_PROXY, http://user:password@host:port"
+        if status == "407"
+        else f"ask who runs it, or let NO_PROXY name {host}"
+    )
+    return TransferError(
+        f"the proxy of HTTPS_PROXY gives no way to {host} ({shown(status)}): {hint}"
+    )
 
 
 def _cause(error: BaseException | None, kind: type[ssl.SSLCertVerificationError]) -> (
