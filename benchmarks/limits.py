@@ -29,10 +29,11 @@ from medllm_pack.limits import Limits
 from medllm_pack.pack.build import build
 from medllm_pack.pack.manifest import read_manifest
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.parity import worker
+from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.original import Sources, find_original
 from medllm_pack.parity.predictions import measure
 from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.tensors import EXACT, check_tensors
 from medllm_pack.parity.texts import read_texts
 from medllm_pack.parity.tokens import Tokenizer
@@ -129,7 +130,7 @@ def _look_at(
     original = find_original(manifest, model.sources, report=Silent())
     label = f"{model.name}{', matrix' if matrix else ''}"
     with TemporaryDirectory() as temporary:
-        place = Path(temporary)
+        place, runtime = Path(temporary), Runtime(threads=threads)
         segments = dict(_segments(Tokenizer(original)))
         ids = [one for segment in segments.values() for one in segment]
         reference = compute_logits(original, ids, folder=place, report=Silent())
@@ -138,20 +139,13 @@ def _look_at(
             _, errors = check_tensors(path, read_gguf(path), original, Limits(), report=Silent())
             for error in errors:
                 _see(tensors, error.type, {"rmse": error.rmse, "worst_block": error.worst}, label)
-            ours = _logits(path, ids, threads, place)
+            ours = Jobs(path, original.transformers_config(), runtime).logits(ids, place)
             at = 0
             for name, segment in segments.items():
                 part = slice(at, at := at + len(segment))
                 figures = _figures(reference[part], ours[part], segment)
                 _see(variants, entry["quant"], figures, f"{label}, {name}")
             print(f"{label}: {entry['quant']}", flush=True)
-
-
-def _logits(path: Path, ids: Sequence[list[int]], threads: int, place: Path) -> list[Path]:
-    answer = worker.call(
-        "logits", model=str(path), sequences=ids, folder=str(place), threads=threads, gpu_layers=0
-    )
-    return [place / name for name in answer["files"]]
 
 
 def _figures(

@@ -32,8 +32,9 @@ import numpy as np
 from medllm_pack import resources
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.parity import worker
+from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.measures import Distance, compare, summarize
+from medllm_pack.parity.runtime import Runtime
 from medllm_pack.progress import Silent
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import load_recipe, recipe_path
@@ -154,12 +155,11 @@ def kernels() -> str:
 def _logits(
     path: Path, sequences: Sequence[Sequence[int]], place: Path, threads: int
 ) -> list[Path]:
+    from transformers import AutoConfig
+
     place.mkdir()
-    answer = worker.call(
-        "logits", model=str(path), sequences=[list(ids) for ids in sequences], folder=str(place),
-        threads=threads, gpu_layers=0,
-    )  # fmt: skip
-    return [place / name for name in answer["files"]]
+    config = AutoConfig.from_pretrained(resources.folder("examples/tiny/base"))
+    return Jobs(path, config, Runtime(threads=threads)).logits(sequences, place)
 
 
 def _second_half(base: Any, variant: Any, ids: Sequence[int]) -> Distance:
