@@ -168,12 +168,15 @@ def new_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         _remove_stale(target)
         partial = target.parent / f"{_prefix(target)}{secrets.token_hex(4)}"
         partial.mkdir()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        partial.chmod(stat.S_IRWXU)  # nobody else looks into what is not done yet
         lock = os.open(partial / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield partial
         with translated(target):
             (partial / _LOCK_NAME).unlink()
+            partial.chmod(mode)
             sync_folder(partial)
             _take_name(partial, target, replace=replace)
     except BaseException:

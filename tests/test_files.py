@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,16 @@ def test_replacement_leaves_the_new_folder_alone(tmp_path: Path) -> None:
             files.write_text(partial / "a", text)
     assert (tmp_path / "p" / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0, 0o777)])
+def test_nobody_else_looks_into_a_folder_that_is_not_done(
+    mask: int, mode: int, tmp_path: Path
+) -> None:
+    before = os.umask(mask)
+    try:
+        with files.new_folder(tmp_path / "p", replace=False) as partial:
+            assert partial.stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "p").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)

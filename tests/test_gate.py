@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from medllm_pack.errors import GateError, MedllmError, SourceError, UsageError
+from medllm_pack.pack.shape import read_pack
 from medllm_pack.progress import Silent
 from medllm_pack.publish import gate, licences
 from medllm_pack.publish.verify import verify_pack
 from tests import pico
 from tests import pico_packs as packs
+from tests.test_image import HOSTILE
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +303,31 @@ def test_an_unknown_variant_is_wrong_usage(proven: Path) -> None:
         gate.check(proven, ("q8_0",))
 
 
-@pytest.mark.parametrize("name", ["../escape.gguf", "/etc/passwd", ".hidden", "a/b", "", "a\nb"])
-def test_a_name_that_leads_elsewhere_is_no_pack(proven: Path, name: str) -> None:
-    packs.change(proven, lambda content: content["variants"][0].update(file=name))
-    with pytest.raises(SourceError, match=r"is damaged at 'variants\.0\.file'"):
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_hostile_name_anywhere_is_no_pack(built: Path, name: str, tmp_path: Path) -> None:
+    before = json.dumps(packs.document(built))
+    for keys in (("variants", 0, "file"), ("variants", 1, "modelfile"), ("variants", 0, "quant"),
+                 ("license", "files", 0), ("license", "missing", 0)):  # fmt: skip
+        document = json.loads(before)
+        document["license"] |= {"files": ["LICENSE"], "missing": ["NOTICE"]}
+        place: Any = document
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = name
+        (tmp_path / "pack.json").write_text(json.dumps(document))
+        field = re.escape(repr(".".join(map(str, keys))))
+        with pytest.raises(SourceError, match=f"is damaged at {field}"):
+            read_pack(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["quant", "file", "modelfile"])
+def test_two_variants_of_one_name_are_no_pack(proven: Path, key: str) -> None:
+    def same(content: dict[str, Any]) -> None:
+        first, second = content["variants"]
+        second[key] = first[key].upper()
+
+    packs.change(proven, same)
+    with pytest.raises(SourceError, match=f"two variants have one {key}"):
         gate.check(proven)
 
 

@@ -19,11 +19,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from medllm_pack.errors import TransferError
-from medllm_pack.publish import ollama_upload
+from medllm_pack.publish import gate, ollama_upload
+from medllm_pack.publish.make import make_release
 from medllm_pack.publish.probe import probe
+from medllm_pack.publish.publication import recorded
 from medllm_pack.publish.push import Options, push
 from medllm_pack.publish.targets import RegistryTarget
-from tests import ollama_client
+from tests import ollama_client, pico_packs
 from tests.registries import ACCESS, Registry, free_port, needs, release, run_nginx, wait_for
 
 SNIPPET = re.compile(r"```nginx\n(.*?)```", re.DOTALL)
@@ -292,6 +294,23 @@ def test_a_part_that_the_storage_refuses_is_sent_again_and_alone(tmp_path: Path,
     assert (fake.problems, fake.manifests) == ([], {})
 
 
+def test_what_was_accepted_is_not_published_where_it_cannot_be_told(
+    tmp_path: Path, key: str, built_pack: Path
+) -> None:
+    permit = gate.check(built_pack, ("f16",), ("parity-missing",))
+    sent = recorded(make_release(built_pack, quants=["f16"]), permit)
+    fake = FakeOllama(key, redirect="at once")
+    options = Options(state=tmp_path / "state", ask_ollama=False)
+    try:
+        with pytest.raises(TransferError, match="learn that parity-missing was accepted"):
+            push(
+                sent, RegistryTarget("ollama", fake.host, "ns/m"), access=LOCAL, options=options
+            )  # fmt: skip
+    finally:
+        fake.close()
+    assert (fake.problems, fake.manifests) == ([], {})
+
+
 def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -> None:
     home = tmp_path / "home"
     armoured = (home / ".ollama/id_ed25519").read_bytes().splitlines()[1:-1]
@@ -305,15 +324,9 @@ def test_ollamas_key_shows_nowhere(tmp_path: Path, key: str, built_pack: Path) -
     ]
     fake, shown = FakeOllama(key, redirect="never"), b""
     target = f"ollama://{fake.host}/ns/model"
-    publish = [
-        "publish",
-        str(built_pack),
-        target,
-        "--accept",
-        "parity-missing",
-        "--quant",
-        "q4_k_m",
-    ]
+    pack = pico_packs.copy(built_pack, tmp_path / "pack")
+    pico_packs.give_parity(pack)
+    publish = ["publish", str(pack), target, "--quant", "q4_k_m"]
 
     def medllm(*words: str) -> bytes:
         done = subprocess.run(

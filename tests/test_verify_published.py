@@ -285,6 +285,9 @@ def test_what_was_accepted_crosses_the_gap_and_is_told(
     code, out, _ = run(["verify", target], capsys)
     assert code == 0
     assert "published in spite of parity-missing" in out
+    words = ["install", "--from", str(tmp_path / "b.tar"), "--store", "store"]
+    code, out, _ = run(words, capsys)
+    assert (code, "published in spite of parity-missing" in out) == (0, True)
     other = f"file://{tmp_path / 'proven.tar'}"
     assert run(["publish", str(pack), other, "--accept", "parity-missing"], capsys)[0] == 0
     assert run(["pull", other, "--out", "proven"], capsys)[1] == "proven is ready\n"

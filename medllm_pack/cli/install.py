@@ -54,6 +54,7 @@ def install(
     if (pack is None) == (from_ is None):
         raise typer.BadParameter("name a PACK, or a bundle with --from")
     from medllm_pack.publish.install import install as run_install
+    from medllm_pack.publish.publication import overrides_of
 
     output = Output(json=json, quiet=quiet or json)
     with output.reporter() as report:
@@ -63,9 +64,10 @@ def install(
             list(zip(chosen, _names(release, chosen, name, quant), strict=True)),
             store=store, replace=force, report=report,
         )  # fmt: skip
-    output.result(
-        {"installed": [one.document() for one in installed]}, lambda: _show(output, installed)
-    )
+    attached = [image for tagged in chosen for image in tagged.attached]
+    overrides = list(overrides_of(attached))
+    document = {"installed": [one.document() for one in installed], "overrides": overrides}
+    output.result(document, lambda: _show(output, installed, overrides))
 
 
 def _release(
@@ -126,8 +128,9 @@ def _names(
     ]
 
 
-def _show(output: Output, installed: Sequence[Installed]) -> None:
+def _show(output: Output, installed: Sequence[Installed], overrides: Sequence[str]) -> None:
     from medllm_pack.pack.card import human_bytes
+    from medllm_pack.publish.publication import sentence
 
     rows = []
     for one in installed:
@@ -136,4 +139,6 @@ def _show(output: Output, installed: Sequence[Installed]) -> None:
             (one.name, one.quant, one.digest[:19], one.where, moved if one.changed else "was there")
         )
     output.table(("model", "variant", "digest", "where", ""), rows)
+    if overrides:
+        output.line(sentence(overrides))
     output.line(f"\nNext:\n  ollama run {installed[0].name}")

@@ -9,15 +9,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.pack import manifest
+from medllm_pack.pack.sums import checked_name
 
-# One component, no hidden file, nothing that a shell or a terminal would take for something else.
-_PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9._+\-]{0,199}$"
 
-FileName = Annotated[str, Field(pattern=_PLAIN)]
+def _plain(name: str) -> str:
+    try:
+        return checked_name(name, of=manifest.NAME)
+    except SourceError:
+        raise PydanticCustomError("name", "it is not a plain file name") from None
+
+
+def _distinct(variants: list[_Variant]) -> list[_Variant]:
+    for key in ("quant", "file", "modelfile"):
+        if len({str(getattr(v, key)).casefold() for v in variants}) != len(variants):
+            raise PydanticCustomError("twice", "two variants have one {key}", {"key": key})
+    return variants
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -85,7 +99,7 @@ class _Pack(_Part):
     inputs: list[_Input]
     deviations: list[str]
     tools: dict[str, str]
-    variants: Annotated[list[_Variant], Field(min_length=1)]
+    variants: Annotated[list[_Variant], Field(min_length=1), AfterValidator(_distinct)]
     template: _Template
     license: _License
     parity: _Parity | None

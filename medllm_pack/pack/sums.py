@@ -20,8 +20,10 @@ SIGNATURE: Final = "model.sig"
 # What cannot be in SHA256SUMS: itself, and a signature over all files.
 BESIDE: Final = (SUMS, SIGNATURE)
 
-# One path component that every file system takes: the names that packs have, and no others.
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+\-]{0,127}", re.ASCII)
+# One path component that every file system takes, also with what is put around it while the file
+# is being written: the names that packs have (the longest is a recipe's name, a mix's and ".gguf"),
+# and no others.
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+\-]{0,159}", re.ASCII)
 _DEVICES: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _LINE: Final = re.compile(r"([0-9a-f]{64})  (.+)", re.ASCII)
 

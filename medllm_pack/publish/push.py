@@ -7,7 +7,6 @@ or of how a blob is sent.
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from medllm_pack.digests import Digest
-from medllm_pack.errors import TransferError, shown
-from medllm_pack.ollama.image import Blob, Image
+from medllm_pack.ollama.image import Blob
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
+from medllm_pack.publish.manifests import attach, put_image, put_tag
 from medllm_pack.publish.mounting import Places, mount_known
 from medllm_pack.publish.patience import InterruptedTransferError, StoppedError
 from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
-from medllm_pack.publish.release import OCI_INDEX, Release
+from medllm_pack.publish.release import Release
 from medllm_pack.publish.targets import RegistryTarget, checked_tag
 from medllm_pack.publish.transport import Access
 from medllm_pack.publish.upload import CHUNK, Sending, Sent, send_blob
@@ -115,12 +114,12 @@ def push(
         ]
         notices = []
         for tagged in release.images:
-            _put_image(registry, tagged.image, by_digest=target.kind == "oci", report=report)
+            put_image(registry, tagged.image, by_digest=target.kind == "oci", report=report)
             for paper in tagged.attached:
-                notices += _attach(registry, paper, subject=tagged.image)
+                notices += attach(registry, paper, subject=tagged.image)
         for tagged in release.images:
             for tag in tagged.tags:
-                _tag(registry, tagged.image, tag)
+                put_tag(registry, tagged.image, tag)
         places.remember(blobs, target.repository)
     images = tuple((tagged.image.digest, tagged.tags) for tagged in release.images)
     verdict = None
@@ -231,85 +230,6 @@ def _raise_first(errors: Sequence[BaseException]) -> None:
             raise error
     if errors:
         raise errors[0]
-
-
-def _put_image(registry: Registry, image: Image, *, by_digest: bool, report: Reporter) -> None:
-    """Store a manifest by its digest, read it back and look at every blob."""
-    if by_digest:
-        if registry.manifest(str(image.digest), accept=image.media_type) is None:
-            _stored(registry, image, str(image.digest))
-        found = registry.manifest(str(image.digest), accept=image.media_type)
-        if found is None or found.data != image.manifest:
-            raise TransferError(f"{registry.target.host} does not have {image.digest} it just took")
-    report.step("looking")
-    for blob in image.blobs:
-        _look(registry, blob)
-
-
-def _look(registry: Registry, blob: Blob) -> None:
-    # Registries do not compare sizes with the manifest; so we do.
-    size = registry.blob_size(blob.digest)
-    if size != blob.size:
-        raise TransferError(
-            f"{registry.target.host} has {'no' if size is None else size} bytes of {blob.digest}, "
-            f"not {blob.size}; nothing was tagged, try again"
-        )
-
-
-def _stored(registry: Registry, image: Image, reference: str) -> None:
-    answer = registry.put_manifest(reference, media_type=image.media_type, data=image.manifest)
-    if answer.status not in (200, 201, 202):
-        raise registry.refused(answer, f"storing the manifest {shown(reference)}")
-
-
-def _tag(registry: Registry, image: Image, tag: str) -> None:
-    _stored(registry, image, tag)
-    found = registry.manifest(tag, accept=image.media_type)
-    if found is None or found.data != image.manifest:
-        raise TransferError(f"{registry.target.host} gives another manifest for {shown(tag)}")
-
-
-def _attach(registry: Registry, paper: Image, *, subject: Image) -> list[str]:
-    """Store papers whose subject is an image, and list them where the registry does not."""
-    answer = registry.put_manifest(
-        str(paper.digest), media_type=paper.media_type, data=paper.manifest
-    )
-    if answer.status not in (200, 201, 202):
-        if registry.target.kind == "oci" and answer.status not in (400, 404, 405, 415, 422):
-            raise registry.refused(answer, "attaching the papers")
-        return [
-            f"{registry.target.host} takes no attached papers ({answer.status}); the licence is "
-            "in the model itself, pack.json and the card are not published there"
-        ]
-    if answer.headers.get("OCI-Subject") != str(subject.digest):
-        _list_by_tag(registry, paper, subject=subject)
-    return []
-
-
-def _list_by_tag(registry: Registry, paper: Image, *, subject: Image) -> None:
-    """Keep the index ``sha256-<hex>`` that stands in for the referrers API.
-
-    OCI distribution specification 1.1, "Referrers Tag Schema".
-    """
-    tag = subject.digest.file_name
-    found = registry.manifest(tag, accept=OCI_INDEX)
-    document: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
-    document |= json.loads(found.data) if found else {}
-    listed = [entry for entry in document.get("manifests") or [] if isinstance(entry, dict)]
-    if any(entry.get("digest") == str(paper.digest) for entry in listed):
-        return
-    listed.append(
-        {
-            "mediaType": paper.media_type,
-            "digest": str(paper.digest),
-            "size": len(paper.manifest),
-            "artifactType": json.loads(paper.manifest).get("artifactType"),
-        }
-    )
-    data = json.dumps(document | {"manifests": listed}, separators=(",", ":")).encode()
-    answer = registry.put_manifest(tag, media_type=OCI_INDEX, data=data)
-    if answer.status not in (200, 201, 202):
-        raise registry.refused(answer, "listing the papers")
 
 
 def _probed(target: RegistryTarget, release: Release, access: Access) -> Verdict | None:
