@@ -30,6 +30,7 @@ from medllm_pack.publish.hub import HubPublished, missing_on_hub, publish_to_hub
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Patience
+from tests import fake_hub
 from tests.fake_hub import FakeHub
 
 REPO = "org/clinica"
@@ -96,8 +97,8 @@ def publish(server: FakeHub, built_pack: Path) -> Publish:
     return publish
 
 
-def on_the_hub(server: FakeHub, ref: str = "main") -> dict[str, bytes]:
-    repository = server.repositories[REPO]
+def on_the_hub(server: FakeHub, ref: str = "main", *, name: str = REPO) -> dict[str, bytes]:
+    repository = server.repositories[name]
     return repository.commits[repository.refs[ref]]
 
 
@@ -394,6 +395,48 @@ def test_a_file_that_changed_is_not_committed(
     before = f16.stat()
     f16.write_bytes(data)
     os.utime(f16, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
+    with pytest.raises(SourceError, match="is not what the pack says: its SHA-256 is"):
+        publish_to_hub(release, HubTarget(REPO), patience=QUICK, endpoint=server.endpoint)
+    assert list(on_the_hub(server)) == [".gitattributes"]
+
+
+def test_a_file_that_is_known_is_read_once(
+    server: FakeHub, built_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])  # also what the server received
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    taken = []
+    for repository, known in (("ns/a", False), ("ns/b", True)):
+        release = make_release(built_pack)
+        if not known:
+            shutil.rmtree(tmp_path / "state/medllm-pack/known")
+        server.stored.clear()
+        before = read()
+        publish_to_hub(release, HubTarget(repository), patience=QUICK, endpoint=server.endpoint)
+        taken.append(read() - before)
+        assert in_the_pack(built_pack).items() <= on_the_hub(server, name=repository).items()
+    weights = sum(path.stat().st_size for path in built_pack.glob("*.gguf"))
+    assert 0.9 * weights < taken[0] - taken[1] < 1.1 * weights
+
+
+def test_a_known_file_that_changes_while_it_is_sent_is_not_committed(
+    server: FakeHub, built_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    pack = tmp_path / "pack"
+    shutil.copytree(built_pack, pack)
+    release = make_release(pack)
+    [f16] = pack.glob("*-F16.gguf")
+    store = fake_hub._StorageHandler._store
+
+    def change(handler: Any, path: str) -> None:
+        store(handler, path)
+        with f16.open("r+b") as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(fake_hub._StorageHandler, "_store", change)
     with pytest.raises(SourceError, match="is not what the pack says: its SHA-256 is"):
         publish_to_hub(release, HubTarget(REPO), patience=QUICK, endpoint=server.endpoint)
     assert list(on_the_hub(server)) == [".gitattributes"]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from medllm_pack import files
 from medllm_pack.errors import MedllmError, SourceError, TransferError, shown
+from medllm_pack.known import Known
 from medllm_pack.ollama.image import Blob
 from medllm_pack.progress import Reporter
 from medllm_pack.publish import read
@@ -173,15 +174,19 @@ class Upload:
         return operation
 
     def _send(self, name: str, blob: Blob) -> tuple[CommitOperationAdd, str]:
-        """Send a file; return its digest as it was taken from the bytes meanwhile."""
+        """Send a file; return its digest as it was taken from the bytes meanwhile.
+
+        Where the bytes are known to be the same before and after, none is taken.
+        """
         from huggingface_hub import constants
 
         assert isinstance(blob.source, Path)
-        operation = _operation(name, blob)
+        operation, before = _operation(name, blob), Known().sha256(blob.source)
         digest = None
-        if constants.HF_HUB_DISABLE_XET:
+        if constants.HF_HUB_DISABLE_XET or before == blob.digest.hex:
             # The library would digest first and send then; xet does both in one passage.
             operation.upload_info.sha256 = bytes.fromhex(blob.digest.hex)
+        if before != blob.digest.hex and constants.HF_HUB_DISABLE_XET:
             digest = _Digest(blob.source)
         try:
             with translated(self.address), _Watch(blob, self.report), digest or nullcontext():
@@ -195,6 +200,8 @@ class Upload:
             if digest is None or digest.hex in ("", blob.digest.hex):
                 raise
             return operation, digest.hex  # the storage may have refused it for that very reason
+        if before == blob.digest.hex:
+            return operation, Known().sha256(blob.source) or Known().digest(blob.source)
         return operation, digest.hex if digest else operation.upload_info.sha256.hex()
 
 
