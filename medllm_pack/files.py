@@ -136,20 +136,33 @@ def memory_available() -> int:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing into a WriteError that names the file and the remedy."""
+def translated(
+    path: Path,
+    *,
+    what: str = "",
+    elsewhere: str = "another place with --out",
+    state: str = "nothing was kept",
+) -> Iterator[None]:
+    """Turn an OSError of writing into a WriteError that names the file and the remedy.
+
+    Args:
+        path: what is written.
+        what: its kind, in front of its name.
+        elsewhere: what else to choose.
+        state: what has become of it, where nothing better is known.
+    """
     try:
         yield
     except OSError as error:
         hint = {
-            errno.ENOSPC: "free some space or choose another place with --out",
-            errno.EDQUOT: "your quota is used up; choose another place with --out",
-            errno.EFBIG: "the file system or a limit allows no larger file; choose another --out",
-            errno.EACCES: "you may not write there; choose another place with --out",
-            errno.EROFS: "it is mounted read-only; choose another place with --out",
-        }.get(error.errno or 0, "nothing was kept; try again or choose another place with --out")
-        fact = error.strerror or str(error)
-        raise WriteError(f"{shown(path)} cannot be written: {fact}; {hint}") from error
+            errno.ENOSPC: f"free some space or choose {elsewhere}",
+            errno.EDQUOT: f"your quota is used up; choose {elsewhere}",
+            errno.EFBIG: f"the file system or a limit allows no larger file; choose {elsewhere}",
+            errno.EACCES: f"you may not write there; choose {elsewhere}",
+            errno.EROFS: f"it is mounted read-only; choose {elsewhere}",
+        }.get(error.errno or 0, f"{state}; try again or choose {elsewhere}")
+        fact, named = error.strerror or str(error), f"{what} {shown(path)}".lstrip()
+        raise WriteError(f"{named} cannot be written: {fact}; {hint}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from medllm_pack.weights.hub import fetch
 from medllm_pack.weights.needed import Role
 from medllm_pack.weights.sources import LocalCopy, Source, parse_source
 from tests.fake_hub import FakeHub, Faults, etag, sha256
+from tests.hub_client import Recorded, let_speak
 
 REPO = "org/model"
 WEIGHTS = "model.safetensors"
@@ -81,31 +82,10 @@ def sharded(weight_map: Mapping[str, str] | None = None) -> dict[str, bytes]:
     return {**small, INDEX: json.dumps(index).encode(), **SHARDS}
 
 
-@dataclass
-class Recorded:
-    """A reporter that keeps what it is told."""
-
-    steps: list[tuple[str, int | None]] = field(default_factory=list)
-    n_bytes: list[int] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    def step(self, name: str, *, total_bytes: int | None = None) -> None:
-        self.steps.append((name, total_bytes))
-
-    def advance(self, n_bytes: int) -> None:
-        self.n_bytes.append(n_bytes)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-
 @pytest.fixture(autouse=True)
 def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the client library speak, without the user's token."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    let_speak(tmp_path, monkeypatch)
 
 
 @pytest.fixture

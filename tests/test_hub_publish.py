@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +28,19 @@ from medllm_pack.publish import read
 from medllm_pack.publish.hub import HubPublished, missing_on_hub, publish_to_hub
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.targets import HubTarget
-from medllm_pack.weights.answers import Patience
 from tests import fake_hub
 from tests.fake_hub import FakeHub
+from tests.hub_client import QUICK, Recorded, let_speak
 
 REPO = "org/clinica"
 TOKEN = "hf_canaryWriteCanaryWriteCanary"
-QUICK = Patience(tries=3, first_wait_s=0.0, longest_wait_s=0.0, stall_s=10.0)
-
-
-@dataclass
-class Recorded:
-    """A reporter that keeps what it is told."""
-
-    steps: list[tuple[str, int | None]] = field(default_factory=list)
-    n_bytes: list[int] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    def step(self, name: str, *, total_bytes: int | None = None) -> None:
-        self.steps.append((name, total_bytes))
-
-    def advance(self, n_bytes: int) -> None:
-        self.n_bytes.append(n_bytes)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the client speak, with a token of its own, by LFS, and without pauses."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    let_speak(tmp_path, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     sleep = time.sleep
     monkeypatch.setattr(

@@ -22,20 +22,16 @@ from medllm_pack.publish.hub_look import HubLook, look_at_hub
 from medllm_pack.publish.hub_pull import HubPulled, pull_from_hub
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.targets import HubTarget
-from medllm_pack.weights.answers import Patience
 from tests.fake_hub import FakeHub
+from tests.hub_client import QUICK, let_speak
 
 REPO = "org/clinica"
 TOKEN = "hf_canaryReadCanaryReadCanary"
-QUICK = Patience(tries=3, first_wait_s=0.0, longest_wait_s=0.0, stall_s=10.0)
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    let_speak(tmp_path, monkeypatch)
 
 
 @pytest.fixture

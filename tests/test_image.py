@@ -28,7 +28,7 @@ from medllm_pack.publish import papers
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import Release
 from tests import ollama_parser, packs
-from tests.test_hub_publish import Recorded
+from tests.hub_client import Recorded
 
 SETTINGS = settings(deadline=None, max_examples=60)  # each example starts a program
 Create = Callable[..., dict[str, Any]]

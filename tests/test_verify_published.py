@@ -30,9 +30,9 @@ from medllm_pack.publish.verify_hub import verify_hub
 from medllm_pack.publish.verify_published import verify_bundle, verify_registry
 from tests import pico_packs as packs
 from tests.fake_hub import FakeHub
+from tests.hub_client import QUICK, let_speak
 from tests.registries import ACCESS, Registry, image, needs
 from tests.test_bad_input import run
-from tests.test_hub_publish import QUICK
 
 BRIDGES = tuple(BRIDGE.values())
 
@@ -194,7 +194,7 @@ import resource, sys
 from medllm_pack.publish.targets import parse_target
 from medllm_pack.publish.verify_published import verify_registry
 from tests.registries import ACCESS
-from tests.test_hub_publish import Recorded
+from tests.hub_client import Recorded
 import medllm_pack.publish.download, medllm_pack.publish.pull
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -219,10 +219,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.fixture
 def _hub_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    let_speak(tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("_hub_of_its_own")

@@ -267,7 +267,7 @@ def _request(
         recipe=load_recipe(path),
         folder=path.parent,
         out=out or Path("dist") / path.stem,
-        variants=tuple(quant.split(",")) if quant else (),
+        variants=tuple(o.listed(quant)),
         base=_from_here(base),
         adapter=_from_here(adapter),
         merged=_from_here(merged),

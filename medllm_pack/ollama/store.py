@@ -9,13 +9,11 @@ younger ``manifests-v2/`` with symbolic links to manifests that are blobs; ollam
 
 from __future__ import annotations
 
-import errno
 import os
 import pwd
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,7 +115,12 @@ class Store:
                 f"{name} exists in {shown(self.root)}; --force replaces it, --name takes another "
                 "name"
             )
-        with _translated(self.root):
+        with files.translated(
+            self.root,
+            what="the store",
+            elsewhere="another store with --store",
+            state="no name was changed",
+        ):
             self._make_folder(self.root / "blobs")
             remove_stale(self.root / "blobs", "sha256-*")
             sizes = {"shared": 0, "copied": 0, "written": 0}
@@ -267,21 +270,6 @@ class Store:
         owner = self.root.stat()
         if os.geteuid() == 0 and owner.st_uid != 0:
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-
-
-@contextmanager
-def _translated(root: Path) -> Iterator[None]:
-    """Turn an OSError into a WriteError that names the store and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: "free some space or choose another store with --store",
-            errno.EDQUOT: "your quota is used up; choose another store with --store",
-            errno.EROFS: "it is mounted read-only; choose another store with --store",
-        }.get(error.errno or 0, "no name was changed; try again or choose another with --store")
-        fact = error.strerror or str(error)
-        raise WriteError(f"the store {shown(root)} cannot be written: {fact}; {remedy}") from error
 
 
 class _Copying:
