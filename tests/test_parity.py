@@ -37,6 +37,7 @@ from medllm_pack.parity import allowance, worker
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.reference import compute_logits
+from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.report.page import page
 from medllm_pack.parity.run import Result, check_pack
 from medllm_pack.parity.runtime import Runtime
@@ -536,6 +537,8 @@ def test_planted_fault_is_caught_on_its_rung_with_exit_code_3(
     [found] = json.loads((pack / "parity.json").read_text(encoding="utf-8"))["variants"]
     checks = {check["name"]: check for check in found["checks"]}
     assert fault.said in checks[fault.check]["detail"]
+    for check in found["checks"]:  # the page says all of it in Portuguese, too
+        assert not [part for part in translate(check["detail"], str) if part.foreign], check
     heard = any(c["passed"] is False for n, c in checks.items() if n.startswith("logits"))
     assert heard is fault.heard
     manifest = json.loads((pack / "pack.json").read_text(encoding="utf-8"))

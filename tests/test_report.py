@@ -7,6 +7,8 @@ import copy
 import hashlib
 import json
 import re
+import time
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +18,8 @@ import pytest
 from medllm_pack.parity.checks import CAUSES, Check, Rung, TensorError, Verdict
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, Spread
 from medllm_pack.parity.record import describe
+from medllm_pack.parity.report import details
+from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.report.markup import escape, tag
 from medllm_pack.parity.report.page import page
 from medllm_pack.parity.report.words import LANGUAGES, Words, table
@@ -250,6 +254,52 @@ def test_every_rung_has_its_cause_as_the_terminal_says_it() -> None:
     causes = table()["causes"]
     for rung in get_args(Rung):
         assert causes[rung]["en"] == CAUSES[rung]
+
+
+def sentences() -> list[dict[str, str]]:
+    path = Path(details.__file__).with_name("details.toml")
+    found: list[dict[str, str]] = tomllib.loads(path.read_text(encoding="utf-8"))["details"]
+    return found
+
+
+@pytest.mark.parametrize("entry", sentences(), ids=lambda entry: entry["en"][:40])
+def test_sentence_is_found_by_itself_and_says_the_same_things(entry: dict[str, str]) -> None:
+    assert set(entry) == {"en", "pt"}
+    places = re.findall(r"{(\w+)}", entry["en"])
+    assert sorted(places) == sorted(re.findall(r"{(\w+)}", entry["pt"]))
+    values = {name: f"<{name}>" for name in places}
+    parts = translate(entry["en"].format(**values), str)
+    assert "".join(part.text for part in parts) == entry["pt"].format(**values)
+    assert [part.text for part in parts if part.foreign] == ["<reason>"] * ("reason" in places)
+
+
+def test_details_are_translated_one_by_one_and_foreign_words_are_marked() -> None:
+    pt, en = Words("pt"), Words("en")
+    several = "a.x: 1 of 5 values differ; a.y is all zero; and 4 more tensors"
+    assert pt.detail(several) == "a.x: 1 de 5 valores diferem; a.y é todo zero; e mais 4 tensores"
+    assert en.detail(several) == several
+    assert pt.detail("nats; median 0.0012, largest 1.3e-06") == (
+        "nats; mediana 0,0012, maior 1,3e−06"
+    )
+    assert pt.detail("rope is '500000.0', the model has 10000.0 (and 2 more)") == (
+        "rope é &#x27;500000.0&#x27;, no modelo é 10000.0 (e mais 2)"
+    )
+    assert pt.detail("stop 'a; b' can never occur: the model would spell it 'c; d'") == (
+        "a parada &#x27;a; b&#x27; nunca pode ocorrer: o modelo escreveria &#x27;c; d&#x27;"
+    )
+    assert pt.detail("llama.cpp does not load x: <bad> magic") == (
+        'o llama.cpp não carrega x: <span lang="en">&lt;bad&gt; magic</span>'
+    )
+
+
+@pytest.mark.parametrize(
+    "part", [" of ", "; ", "not asked: ", "token 1 is 2, not 3; ", " (and 1 more)", "a is b, the "]
+)
+def test_no_text_takes_long_to_translate(part: str) -> None:
+    start = time.perf_counter()
+    for n in (12, 1900 // len(part), 100_000):
+        translate(part * n, str)
+    assert time.perf_counter() - start < 2
 
 
 def test_numbers_are_written_as_the_language_does() -> None:

@@ -21,6 +21,7 @@ from medllm_pack.errors import WorkerError
 from medllm_pack.parity import allowance, worker
 from medllm_pack.parity.allowance import LOOK_AT_GPU, Allowance, to_compute, to_read
 from medllm_pack.parity.jobs import Jobs
+from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.runtime import Runtime
 from tests import pico
 from tests.test_build import run, variant
@@ -111,8 +112,9 @@ def test_worker_has_the_limits_that_it_was_given() -> None:
 )
 def test_worker_that_ends_badly_is_an_error_with_its_reason(program: str, reason: str) -> None:
     given = Allowance(seconds=1 if "sleep" in program else 60)
-    with pytest.raises(WorkerError, match=reason):
+    with pytest.raises(WorkerError, match=reason) as error:
         worker.call("logits", allowance=given, command=python(program))
+    assert not [part for part in translate(str(error.value), str) if part.foreign]
 
 
 def test_long_questions_and_answers_pass_each_other() -> None:

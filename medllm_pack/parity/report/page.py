@@ -117,7 +117,7 @@ def _failure(variant: Document, words: Words) -> Markup:
     return tag(
         "div",
         tag("p", tag("strong", words("first", quant=variant["quant"], check=name))),
-        tag("p", words("found"), " ", tag("span", check["detail"], lang="en")),
+        tag("p", words("found"), " ", words.detail(check["detail"])),
         tag("p", words("usual", cause=cause)),
         class_="failure",
     )
@@ -221,7 +221,7 @@ def _check(check: Document, words: Words) -> Markup:
         tag("td", words.data(measured, form), class_="n"),
         tag("td", words.limit(check["limit"]), class_="n"),
         tag("td", _chip(check["passed"], words)),
-        tag("td", check["detail"], lang="en", class_="detail"),
+        tag("td", words.detail(check["detail"]), class_="detail"),
         class_="no" if check["passed"] is False else None,
     )
 

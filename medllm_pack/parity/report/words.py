@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from medllm_pack.pack.card import human_bytes
-from medllm_pack.parity.report.markup import Markup, tag
+from medllm_pack.parity.report.details import translate
+from medllm_pack.parity.report.markup import Markup, join, tag
 
 Language = Literal["pt", "en"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
@@ -74,6 +75,15 @@ class Words:
             amount, _, what = rest.partition(" ")
             return f"= {amount} {self.named('limit_words', what)}".rstrip()
         return self._localized(self.named("limit_words", text))
+
+    def detail(self, text: str) -> Markup:
+        """Return what a check found; what there is in English only is marked as such."""
+        if self.language == "en":
+            return join(text)
+        parts = translate(text, self._localized)
+        return join(
+            *(tag("span", part.text, lang="en") if part.foreign else part.text for part in parts)
+        )
 
     def _localized(self, number: str) -> str:
         minus = number.replace("-", "−")
