@@ -58,14 +58,20 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self._call("Emulation.setEmulatedMedia", features=[feature])
 
+    def media(self, kind: str) -> None:
+        """Show the page as for print; "" as it is."""
+        self._call("Emulation.setEmulatedMedia", media=kind)
+
     def width(self, pixels: int) -> None:
         """Take the width of another screen."""
         self._call("Emulation.setDeviceMetricsOverride", width=pixels, height=800,
                    deviceScaleFactor=1, mobile=pixels < 600)  # fmt: skip
 
     def print(self) -> bytes:
-        """Return the page as PDF."""
-        return base64.b64decode(self._call("Page.printToPDF", printBackground=True)["data"])
+        """Return the page as PDF, on the paper that it asks for."""
+        self._call("Emulation.clearDeviceMetricsOverride")
+        answer = self._call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
+        return base64.b64decode(answer["data"])
 
     def screenshot(self) -> bytes:
         """Return the whole page as PNG."""

@@ -61,12 +61,13 @@ def verdict(quant: str, *, error: float, failed: str | None = None, size: int) -
     return Verdict(quant, checks, figures, spread, (*tensors, output), size)
 
 
-def documents(*, failed: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what pack.json and parity.json hold of a pack of three variants."""
+def documents(*, failed: str | None = None, more: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what pack.json and parity.json hold of a pack of three variants, and ``more``."""
     verdicts = [
         verdict("f16", error=0.0, size=15793952),
         verdict("q6_k", error=0.018, size=6516512),
         verdict("q4_k_m", error=0.077, size=4826912, failed=failed),
+        *(verdict(f"q3_k_{i}", error=0.1 + i / 50, size=3600000) for i in range(more)),
     ]
     pack = {
         "name": "medllm-tiny",
@@ -366,5 +367,50 @@ def test_page_in_a_browser(browser: Browser, failing: str, tmp_path: Path) -> No
     assert len(pdf) > 20_000
     browser.evaluate("document.querySelector('label[for=language-en]').click()")
     assert browser.evaluate(SHOWN) == ["none", "block"]
+    foreign = "[...document.querySelectorAll('main.pt [lang=en]')].map(e => e.textContent)"
+    assert set(browser.evaluate(foreign)) == {f"detail of {name}" for name, _, _ in CHECKS}
     assert browser.requests() == [path.as_uri()]
     assert browser.complaints() == []
+
+
+# A4 without its margins, in CSS pixels: what the style's @page says.
+PAPER = (180 / 25.4 * 96, 269 / 25.4 * 96)
+BOTTOM = "document.querySelector('main.pt .{} figure').getBoundingClientRect().bottom"
+BARS_AND_NAMES = """(() => {
+  const boxes = s => [...document.querySelectorAll('main.pt .kld svg ' + s)]
+    .map(e => e.getBoundingClientRect());
+  return [Math.max(...boxes('text.name').map(b => b.right)),
+          Math.min(...boxes('rect').map(b => b.left))]; })()"""
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("failed", [None, "weights.rmse"])
+def test_first_sheet_of_paper_is_full(browser: Browser, tmp_path: Path, failed: str | None) -> None:
+    path = tmp_path / "parity.html"
+    path.write_text(page(*documents(failed=failed, more=0 if failed else 2)), encoding="utf-8")
+    browser.open(path)
+    browser.media("print")
+    browser.width(int(PAPER[0]))
+    second, third = (browser.evaluate(BOTTOM.format(name)) for name in ("size", "top"))
+    browser.media("")
+    # Two figures are on it, and a third would not have found a place.
+    assert 0.8 * PAPER[1] < second <= PAPER[1] < third
+
+
+@pytest.mark.chromium
+def test_report_of_three_variants_takes_four_sheets(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "parity.html"
+    path.write_text(page(*documents()), encoding="utf-8")
+    browser.open(path)
+    assert len(re.findall(rb"/Type\s*/Page\b", browser.print())) == 4
+
+
+@pytest.mark.chromium
+def test_bars_do_not_cover_names(browser: Browser, sound: str, tmp_path: Path) -> None:
+    """The f16 of the documents has divergences below the first edge."""
+    path = tmp_path / "parity.html"
+    path.write_text(sound, encoding="utf-8")
+    browser.open(path)
+    browser.width(1100)
+    names, bars = browser.evaluate(BARS_AND_NAMES)
+    assert names < bars

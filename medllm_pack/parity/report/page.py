@@ -178,7 +178,8 @@ def _figure(name: str, drawn: Markup, words: Words) -> Markup:
         return Markup()
     title = words(f"{name}_title")
     caption = tag("figcaption", words(f"{name}_note"))
-    return tag("section", tag("h2", title), tag("figure", caption, _wide(drawn, title)))
+    figure = tag("figure", caption, _wide(drawn, title))
+    return tag("section", tag("h2", title), figure, class_=name)
 
 
 def _wide(drawn: Markup, label: str) -> Markup:
@@ -260,4 +261,5 @@ def _method(pack: Document, parity: Document, words: Words) -> Markup:
         tag("h3", words("digests_title")),
         _table(words("digests_title"), [words("file"), "SHA-256"], digests),
         tag("p", words("digests_note"), class_="note"),
+        class_="method",
     )

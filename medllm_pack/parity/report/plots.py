@@ -43,6 +43,7 @@ def divergences(variants: Sequence[Variant], edges: Sequence[float], words: Word
         return Markup()
     used = [i for v in shown for i, n in enumerate(v["kld"]["counts"]) if n]
     low, high = _decade(edges, min(used) - 1, math.floor), _decade(edges, max(used), math.ceil)
+    low -= 0 in used  # what lies below the first edge has a place of its own
     high = max(high, low + 1)
     axis = _Scale(low, high, _LEFT, _WIDTH - _RIGHT)
     row, parts = 64.0, []
