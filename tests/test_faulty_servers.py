@@ -26,7 +26,8 @@ from tests.faulty import Request, cut, forward, serving, silence
 from tests.registries import Registry, needs, release
 
 HASTE = Patience(
-    tries=3, first_wait_s=0.01, longest_wait_s=0.05, longest_asked_s=2.5, stall_s=0.4
+    tries=3, first_wait_s=0.01, longest_wait_s=0.05, longest_asked_s=2.5, stall_s=0.4,
+    finish_s=1.5,
 )  # fmt: skip
 ACCESS = Access(patience=HASTE)
 DATA = random.Random(11).randbytes(3_000_000)
@@ -277,6 +278,27 @@ def test_a_push_into_a_storm_ends_and_the_next_one_goes_on(
         fine, seen = True, len(patched)
         push(sent, target, access=ACCESS, options=options)
     assert patched[seen:] == ["100000-199999", "200000-249999"]
+    assert registry.check_whole()
+
+
+@pytest.mark.registry
+@needs("docker-registry")
+def test_a_registry_may_take_its_time_to_put_an_upload_together(
+    registry: Registry, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def script(request: Request) -> None:
+        asked.append(request.method)
+        if request.method == "PUT" and "/uploads/" in request.path:
+            time.sleep(2 * HASTE.stall_s)
+        forward(request, registry.host)
+
+    sent = release(tmp_path / "r", size=SIZE)
+    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
+    with serving(script) as host:
+        push(sent, RegistryTarget("oci", host, "ns/model"), access=ACCESS, options=options)
+    assert asked.count("PATCH") == 3
     assert registry.check_whole()
 
 

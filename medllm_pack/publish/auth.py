@@ -19,9 +19,10 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from medllm_pack.errors import TransferError, shown
+from medllm_pack.publish.answers import Answer
 from medllm_pack.publish.credentials import Login, Secret
 from medllm_pack.publish.guard import Origin, host_name
-from medllm_pack.publish.transport import Answer, Door
+from medllm_pack.publish.transport import Door
 
 # Token servers on another host that belong to a registry, as both document them.
 _KNOWN_REALMS = {

@@ -20,10 +20,10 @@ from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
 from medllm_pack.incoming import Incoming, Passing
+from medllm_pack.publish.answers import PIECE, Answer, busy
 from medllm_pack.publish.bodies import Body
 from medllm_pack.publish.patience import AGAIN, InterruptedTransferError
 from medllm_pack.publish.registry import Registry
-from medllm_pack.publish.transport import PIECE, Answer, busy
 
 _PROGRESS: Final = 1 << 20  # bytes after which a failure is a first one again
 

@@ -16,10 +16,10 @@ from urllib.parse import urljoin
 
 from medllm_pack.errors import TransferError
 from medllm_pack.ollama.image import Blob
+from medllm_pack.publish.answers import PIECE, Answer, busy
 from medllm_pack.publish.guard import Origin
 from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, StoppedError
 from medllm_pack.publish.registry import Registry
-from medllm_pack.publish.transport import PIECE, Answer, busy
 
 # server/upload.go: sixteen parts, none smaller or larger than these.
 PARTS: Final = 16

@@ -49,6 +49,7 @@ class Patience:
         longest_wait_s: bound of that pause.
         longest_asked_s: bound of the pause that a server may ask for.
         stall_s: silence after which a connection counts as dead.
+        finish_s: the same at the end of an upload, where a registry may first put it together.
     """
 
     tries: int = 6
@@ -56,6 +57,7 @@ class Patience:
     longest_wait_s: float = 30.0
     longest_asked_s: float = 120.0
     stall_s: float = 60.0
+    finish_s: float = 300.0
 
     def wait(
         self,

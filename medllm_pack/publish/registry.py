@@ -19,12 +19,13 @@ import httpx
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError, shown
 from medllm_pack.ollama.image import DOCKER_MANIFEST
+from medllm_pack.publish.answers import Answer
 from medllm_pack.publish.auth import Key, Session
 from medllm_pack.publish.credentials import docker_login, ollama_key_path
 from medllm_pack.publish.guard import Origin
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST
 from medllm_pack.publish.targets import RegistryTarget
-from medllm_pack.publish.transport import Access, Answer, Door
+from medllm_pack.publish.transport import Access, Door
 
 _ANY_MANIFEST: Final = ", ".join((DOCKER_MANIFEST, OCI_MANIFEST))
 _CODE: Final = re.compile(r"[A-Z_]{3,40}")
@@ -97,6 +98,7 @@ class Registry:
         headers: Mapping[str, str] | None = None,
         body: Callable[[], Iterable[bytes]] | bytes | None = None,
         again: bool = True,
+        answer_s: float | None = None,
     ) -> Answer:
         """Send a request, logging in once if that is asked for.
 
@@ -106,6 +108,7 @@ class Registry:
             headers: without the login.
             body: the bytes, or what makes their pieces anew for each try.
             again: insist where the connection fails or the server is busy.
+            answer_s: how long the answer may take, if longer than a silence.
         """
         url = self.url(path)
         ours = Origin.of(url) == self.origin
@@ -113,8 +116,9 @@ class Registry:
         for _ in range(2):
             content = body() if callable(body) else body
             answer = self.door.request(
-                method, url, headers=headers, body=content, authorization=used, again=again
-            )
+                method, url, headers=headers, body=content, authorization=used, again=again,
+                answer_s=answer_s,
+            )  # fmt: skip
             if answer.status != 401 or not ours or not self._session.renew(answer, used=used):
                 break
             used = self._session.header()
@@ -183,7 +187,9 @@ class Registry:
         joined = "&" if "?" in location else "?"
         url = location + joined + urlencode({"digest": str(digest), **(query or {})})
         headers = {"Content-Length": str(size), "Content-Type": _BYTES}
-        return self.call("PUT", url, headers=headers, body=body, again=again)
+        # What came in chunks may have to be put together first.
+        answer_s = self.door.access.patience.finish_s if not size else None
+        return self.call("PUT", url, headers=headers, body=body, again=again, answer_s=answer_s)
 
     def location(self, answer: Answer) -> str:
         """Return the address an answer names for the next request of an upload."""

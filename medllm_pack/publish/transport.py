@@ -15,26 +15,19 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urljoin
 
-import httpcore
 import httpx
 
 import medllm_pack
 from medllm_pack.errors import TransferError, shown
+from medllm_pack.publish.answers import BROKEN, FAILURES, Answer, busy, explained
 from medllm_pack.publish.credentials import Secret
 from medllm_pack.publish.guard import Origin, host_name, is_loopback
-from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, Patience, retry_after
+from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, Patience
 from medllm_pack.publish.pools import GuardedTransport
-from medllm_pack.publish.proxy import proxy_for
 
-KEPT = 4 << 20  # bytes of an answer that is kept; the specification asks for 4 MiB of manifest
-PIECE = 1 << 20  # bytes that are read or written at a time
 _MOST_REDIRECTS = 5
+_CONNECT_S = 15.0
 _REDIRECTS = (301, 302, 303, 307, 308)
-_FAILURES = (
-    httpx.HTTPError, httpx.InvalidURL, httpcore.NetworkError,
-    httpcore.ProtocolError, httpcore.TimeoutException, httpcore.UnsupportedProtocol,
-    httpcore.ProxyError, OSError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,16 +52,6 @@ class Access:
     )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer whose body, if it was small, is at hand."""
-
-    status: int
-    headers: httpx.Headers
-    url: str
-    body: bytes = field(repr=False)
-
-
 class Door:
     """Sends requests; use it as a context manager.
 
@@ -87,7 +70,6 @@ class Door:
             transport=access.transport(transport) if access.transport else transport,
             trust_env=False,
             follow_redirects=False,
-            timeout=httpx.Timeout(access.patience.stall_s, connect=15.0),
             headers={
                 "User-Agent": f"medllm-pack/{medllm_pack.__version__}",
                 "Accept-Encoding": "identity",
@@ -134,6 +116,7 @@ class Door:
         headers: Mapping[str, str] | None = None,
         body: Iterable[bytes] | bytes | None = None,
         authorization: Secret | None = None,
+        answer_s: float | None = None,
         follow: Callable[[Origin, Origin], bool] | None = None,
     ) -> Iterator[httpx.Response]:
         """Send a request and yield the answer, its body unread.
@@ -144,6 +127,7 @@ class Door:
             headers: without the login.
             body: bytes, or pieces of them with a Content-Length among the headers.
             authorization: goes to this URL's origin and nowhere else.
+            answer_s: how long the answer may take, if longer than a silence.
             follow: says of a redirect from one origin to another whether to follow it.
 
         Raises:
@@ -156,7 +140,7 @@ class Door:
             sent = dict(headers or {})
             if authorization is not None and Origin.of(url) == first:
                 sent["Authorization"] = authorization.reveal()
-            with self._sent(method, url, sent, body) as answer:
+            with self._sent(method, url, sent, body, answer_s) as answer:
                 target = answer.headers.get("Location")
                 wanted = method in ("GET", "HEAD") and answer.status_code in _REDIRECTS and target
                 if not wanted:
@@ -179,6 +163,7 @@ class Door:
         body: Iterable[bytes] | bytes | None = None,
         authorization: Secret | None = None,
         again: bool = True,
+        answer_s: float | None = None,
     ) -> Answer:
         """Send a request and keep the answer; if ``again``, insist where it may help.
 
@@ -190,7 +175,11 @@ class Door:
         failures = 0
         while True:
             try:
-                answer = self._kept(method, url, headers, body, authorization)
+                with self.stream(
+                    method, url, headers=headers, body=body, authorization=authorization,
+                    answer_s=answer_s,
+                ) as streamed:  # fmt: skip
+                    answer = Answer.keep(streamed)
                 if answer.status not in AGAIN or not again:
                     return answer
                 failure = busy(answer)
@@ -201,34 +190,27 @@ class Door:
             failures += 1
             self.access.patience.wait(failures, failure)
 
-    def _kept(
+    @contextmanager
+    def _sent(
         self,
         method: str,
         url: str,
-        headers: Mapping[str, str] | None,
+        headers: dict[str, str],
         body: Iterable[bytes] | bytes | None,
-        authorization: Secret | None,
-    ) -> Answer:
-        with self.stream(
-            method, url, headers=headers, body=body, authorization=authorization
-        ) as answer:
-            return Answer(answer.status_code, answer.headers, str(answer.url), kept(answer))
-
-    @contextmanager
-    def _sent(
-        self, method: str, url: str, headers: dict[str, str], body: Iterable[bytes] | bytes | None
+        answer_s: float | None,
     ) -> Iterator[httpx.Response]:
         origin = Origin.of(url)
         try:
-            request = self._client.build_request(method, url, headers=headers, content=body)
+            request = self._client.build_request(
+                method, url, headers=headers, content=body, timeout=_timeout(self.access, answer_s)
+            )
             answer = self._client.send(request, stream=True)
-        except _FAILURES as error:
-            raise _explained(origin, error) from None
+        except FAILURES as error:
+            raise explained(origin, error) from None
         try:
             yield answer
-        except (httpx.HTTPError, httpcore.NetworkError,
-                httpcore.ProtocolError, httpcore.TimeoutException) as error:  # fmt: skip
-            raise _explained(origin, error) from None
+        except BROKEN as error:
+            raise explained(origin, error) from None
         finally:
             answer.close()
 
@@ -245,25 +227,9 @@ class Door:
         self._check_plain(there)
 
 
-def busy(answer: Answer) -> InterruptedTransferError:
-    """Return what an answer means that another try may better."""
-    host = Origin.of(answer.url).host
-    said = f"{host} answers {answer.status}; try again later"
-    return InterruptedTransferError(said, asked_s=retry_after(answer.headers))
-
-
-def kept(answer: httpx.Response, *, limit: int = KEPT) -> bytes:
-    """Return an answer's body.
-
-    Raises:
-        TransferError: if it is larger than the limit.
-    """
-    body = bytearray()
-    for piece in answer.iter_raw(PIECE):
-        body += piece
-        if len(body) > limit:
-            raise TransferError(f"{answer.url.host} answers with more than {limit} bytes; refused")
-    return bytes(body)
+def _timeout(access: Access, answer_s: float | None) -> httpx.Timeout:
+    stall_s = access.patience.stall_s
+    return httpx.Timeout(stall_s, connect=_CONNECT_S, read=answer_s or stall_s)
 
 
 def _certificates(ca: Path | None) -> ssl.SSLContext:
@@ -278,44 +244,3 @@ def _certificates(ca: Path | None) -> ssl.SSLContext:
         except (OSError, ssl.SSLError) as error:
             raise TransferError(f"--ca {shown(ca)} holds no certificates in PEM form") from error
     return context
-
-
-def _explained(origin: Origin, error: Exception) -> TransferError:
-    """Say what failed; not in the error's own words, which may hold an address with a signature."""
-    host = origin.host
-    certificate = _cause(error, ssl.SSLCertVerificationError)
-    if certificate is not None:
-        return TransferError(
-            f"the certificate of {host} is not trusted ({certificate.verify_message}); name its "
-            "authority with --ca FILE or SSL_CERT_FILE"
-        )
-    if isinstance(error, httpcore.ProxyError):
-        return _refused_by_proxy(host, str(error)[:3])
-    name = type(error).__name__
-    fact = "gives no answer in time" if "Timeout" in name else f"cannot be reached ({name})"
-    proxied = origin.scheme == "https" and proxy_for(host, origin.port)
-    way = " through the proxy of HTTPS_PROXY" if proxied else ""
-    return InterruptedTransferError(f"{host} {fact}{way}; try again, what was sent is kept")
-
-
-def _refused_by_proxy(host: str, status: str) -> TransferError:
-    if status.startswith("5"):
-        return InterruptedTransferError(
-            f"the proxy of HTTPS_PROXY answers {shown(status)} for {host}; try again"
-        )
-    hint = (
-        "put user and password into HTTPS_PROXY, http://user:password@host:port"
-        if status == "407"
-        else f"ask who runs it, or let NO_PROXY name {host}"
-    )
-    return TransferError(
-        f"the proxy of HTTPS_PROXY gives no way to {host} ({shown(status)}): {hint}"
-    )
-
-
-def _cause(error: BaseException | None, kind: type[ssl.SSLCertVerificationError]) -> (
-    ssl.SSLCertVerificationError | None
-):  # fmt: skip
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urljoin
 
-from medllm_pack.errors import SourceError, TransferError
+from medllm_pack.errors import TransferError
 from medllm_pack.ollama.image import Blob
+from medllm_pack.publish.answers import Answer
 from medllm_pack.publish.journal import Entry, Journal
 from medllm_pack.publish.ollama_upload import PartedUpload
+from medllm_pack.publish.part import Meter, Part
 from medllm_pack.publish.patience import (
     AGAIN,
     GivenUpError,
@@ -26,7 +28,6 @@ from medllm_pack.publish.patience import (
     retry_after,
 )
 from medllm_pack.publish.registry import Registry
-from medllm_pack.publish.transport import PIECE, Answer
 
 CHUNK: Final = 64 << 20
 _RANGE: Final = re.compile(r"(?:bytes=)?0-(\d+)", re.ASCII)
@@ -62,45 +63,6 @@ class Sending:
     mount_from: tuple[str, ...] = ()
 
 
-class Part:
-    """Some bytes of a blob as the body of a request; made anew for each try."""
-
-    def __init__(self, blob: Blob, start: int, end: int, count: Callable[[int], None]) -> None:
-        self._blob, self._start, self._end, self._count = blob, start, end, count
-
-    def __iter__(self) -> Iterator[bytes]:
-        left = self._end - self._start
-        try:
-            with self._blob.open() as file:
-                file.seek(self._start)
-                while left:
-                    data = file.read(min(PIECE, left))
-                    if not data:
-                        raise SourceError(f"the file of {self._blob.digest} has become shorter")
-                    left -= len(data)
-                    yield data
-                    self._count(len(data))
-        except OSError as error:
-            raise SourceError(f"{self._blob.digest} cannot be read: {error.strerror}") from error
-
-
-class _Meter:
-    """Counts what is sent, and reports no byte twice."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance, self.position, self._furthest, self.total = advance, 0, 0, 0
-
-    def count(self, n_bytes: int) -> None:
-        self.position += n_bytes
-        self.total += n_bytes
-        self.reached(self.position)
-
-    def reached(self, position: int) -> None:
-        if position > self._furthest:
-            self._advance(position - self._furthest)
-            self._furthest = position
-
-
 def send_blob(blob: Blob, sending: Sending) -> Sent:
     """Bring a blob to a registry.
 
@@ -109,7 +71,7 @@ def send_blob(blob: Blob, sending: Sending) -> Sent:
         StoppedError: if the user interrupted.
         SourceError: if its file is not what its digest says.
     """
-    registry, meter = sending.registry, _Meter(sending.advance)
+    registry, meter = sending.registry, Meter(sending.advance)
     if registry.blob_size(blob.digest) == blob.size:
         meter.reached(blob.size)
         return Sent(blob, "there")
@@ -127,7 +89,7 @@ def send_blob(blob: Blob, sending: Sending) -> Sent:
 class _Whole:
     """A blob in one request."""
 
-    def __init__(self, blob: Blob, sending: Sending, meter: _Meter) -> None:
+    def __init__(self, blob: Blob, sending: Sending, meter: Meter) -> None:
         self.blob, self.sending, self.meter = blob, sending, meter
         self.registry = sending.registry
 
@@ -192,9 +154,9 @@ class _Whole:
 class _Parts(_Whole):
     """A blob to Ollama's own registry."""
 
-    def __init__(self, blob: Blob, sending: Sending, meter: _Meter) -> None:
+    def __init__(self, blob: Blob, sending: Sending, meter: Meter) -> None:
         super().__init__(blob, sending, meter)
-        self._meters: dict[int, _Meter] = {}  # of parts that may be sent at once
+        self._meters: dict[int, Meter] = {}  # of parts that may be sent at once
 
     def run(self) -> None:
         try:
@@ -206,7 +168,7 @@ class _Parts(_Whole):
         return PartedUpload(self.registry, self.blob, self._body, self.sending.stop).run()
 
     def _body(self, start: int, end: int) -> Iterator[bytes]:
-        meter = self._meters.setdefault(start, _Meter(self.sending.advance))
+        meter = self._meters.setdefault(start, Meter(self.sending.advance))
         meter.position = 0
         return iter(Part(self.blob, start, end, meter.count))
 

@@ -2,7 +2,7 @@
 
 After a break it goes on where it stood, if the server can; every try asks the Hub for a fresh
 address. A sink hashes what it is given and may keep it; the one here keeps nothing, for whoever
-only wants to know what comes. Memory: one network buffer.
+only wants to know what comes. Memory: one network buffer and two windows.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from medllm_pack.errors import SourceError, shown
+from medllm_pack.files import DigestBehind
 from medllm_pack.progress import Reporter
 from medllm_pack.weights.answers import (
     PASSING,
@@ -28,6 +29,9 @@ from medllm_pack.weights.request import opened
 
 if TYPE_CHECKING:
     from httpx2 import Response
+
+
+_WINDOW: Final = 1 << 20  # hashed at once, by a thread of its own
 
 
 class OtherBytesError(SourceError):
@@ -69,7 +73,7 @@ class Sink:
     def restart(self) -> None:
         """Go back to the first byte."""
         self.offset = 0
-        self._hash = self._hasher()
+        self._hash, self._window = DigestBehind(self._hasher()), bytearray()
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes.
@@ -93,8 +97,10 @@ class Sink:
         """Learn that the bytes are not the file's; there is nothing to throw away here."""
 
     def count(self, chunk: bytes) -> None:
-        """Hash bytes and move on by as many."""
-        self._hash.update(chunk)
+        """Hash bytes, behind, and move on by as many."""
+        self._window += chunk
+        if len(self._window) >= _WINDOW:
+            self._hash_window()
         self.offset += len(chunk)
         if self.offset > self.furthest:
             self._report.advance(self.offset - self.furthest)
@@ -102,7 +108,12 @@ class Sink:
 
     def digest(self) -> str:
         """Return the digest of what was taken."""
-        return str(self._hash.hexdigest())
+        self._hash_window()
+        return self._hash.hexdigest()
+
+    def _hash_window(self) -> None:
+        self._hash.update(memoryview(self._window))
+        self._window = bytearray()
 
 
 @dataclass(frozen=True, slots=True)
