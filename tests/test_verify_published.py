@@ -19,7 +19,7 @@ from medllm_pack.pack import papers
 from medllm_pack.progress import Silent
 from medllm_pack.publish import read
 from medllm_pack.publish.bundle import write_bundle
-from medllm_pack.publish.hub import BRIDGE, wanted_files
+from medllm_pack.publish.hub_content import BRIDGE, wanted_files
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.papers import attach, names_of
 from medllm_pack.publish.publication import overrides_in

@@ -1,16 +1,14 @@
 """A release to the Hugging Face Hub: everything in one commit, read back by its digests.
 
-The files are the pack's own, and three more that make `ollama run hf.co/org/repo:Q4_K_M` ask the
-model as the pack does. What is there already is not sent. The commit names its parent: whoever
-commits meanwhile wins, and nothing is mixed. The token is the Hub library's; it is never seen here.
+What is there already is not sent. The commit names its parent: whoever commits meanwhile wins, and
+nothing is mixed. The token is the Hub library's; it is never seen here. Which files a release has
+there is in hub_content.py.
 
 Memory: the small files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -22,13 +20,11 @@ from medllm_pack.errors import (
     TransferError,
     UsageError,
 )
-from medllm_pack.ollama import create
-from medllm_pack.ollama.image import Blob, Image
-from medllm_pack.pack.sums import SIGNATURE, checked_name
+from medllm_pack.ollama.image import Blob
+from medllm_pack.pack.sums import SIGNATURE
 from medllm_pack.progress import Reporter, Silent
-from medllm_pack.publish import read
+from medllm_pack.publish.hub_content import is_same, refuse_a_mixture, wanted_files
 from medllm_pack.publish.hub_upload import Upload, library, translated
-from medllm_pack.publish.papers import is_pack, names_of
 from medllm_pack.publish.release import Release
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import Address, Patience
@@ -36,17 +32,9 @@ from medllm_pack.weights.cache import COMMIT
 from medllm_pack.weights.listing import list_files
 from medllm_pack.weights.needed import listed
 
-PACK_JSON: Final = "pack.json"
 # A signature over another pack would make this one look forged.
 _STALE: Final = (SIGNATURE,)
 _MISSING: Final = ("RepositoryNotFoundError", "RevisionNotFoundError")
-# What the Hub hands to Ollama beside the GGUF file: hub documentation, "Use Ollama with any GGUF
-# Model on Hugging Face Hub". The bytes are those of Ollama's own layers.
-BRIDGE: Final[Mapping[str, str]] = {
-    create.TEMPLATE: "template",
-    create.SYSTEM: "system",
-    create.PARAMS: "params",
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,7 @@ def publish_to_hub(
         created = hub.ensure(private=private)
         head, there = hub.listing()
         changed = {n: blob for n, blob in files.items() if not is_same(blob, there.get(n))}
-        _refuse_a_mixture(release, files, there, target)
+        refuse_a_mixture(release, files, there, target)
         stale = [name for name in _STALE if name in there and name not in files]
         commit = head
         if changed or stale:
@@ -140,99 +128,8 @@ def missing_on_hub(
     except SourceError as error:
         if type(error.__cause__).__name__ not in _MISSING:
             raise
-    _refuse_a_mixture(release, files := wanted_files(release), there, target)
+    refuse_a_mixture(release, files := wanted_files(release), there, target)
     return {n: blob.size for n, blob in files.items() if not is_same(blob, there.get(n))}
-
-
-def wanted_files(release: Release) -> dict[str, Blob]:
-    """Return every file of a release by its name on the Hub.
-
-    Raises:
-        SourceError: if the release has no papers of a pack.
-    """
-    found: dict[str, Blob] = {}
-    for tagged in release.images:
-        papers = _papers(tagged.attached)
-        found |= papers
-        weights = read.weights_of(tagged.image)
-        found[_weights_name(papers, weights)] = weights
-    found |= _bridge(release)
-    return found
-
-
-def is_same(blob: Blob, sibling: Any) -> bool:
-    """Say whether the Hub lists these very bytes."""
-    if sibling is None:
-        return False
-    if sibling.lfs:
-        return bool(sibling.lfs.sha256 == blob.digest.hex and sibling.lfs.size == blob.size)
-    return bool(sibling.size == blob.size and sibling.blob_id == _git_digest(blob))
-
-
-def _papers(attached: tuple[Image, ...]) -> dict[str, Blob]:
-    """Return the files of all attached manifests by name."""
-    if not any(is_pack(image) for image in attached):
-        raise SourceError("the release has no papers of a pack; publish a pack folder")
-    papers: dict[str, Blob] = {}
-    for image in attached:
-        blobs = {blob.digest: blob for blob in image.layers}
-        papers |= {name: blobs[digest] for name, digest in names_of(image.manifest).items()}
-    return papers
-
-
-def _weights_name(papers: Mapping[str, Blob], weights: Blob) -> str:
-    for entry in _variants(papers):
-        if entry["sha256"] == weights.digest.hex:
-            return checked_name(entry["file"], of=PACK_JSON)
-    raise SourceError(f"{PACK_JSON} does not name the weights {weights.digest}; build again")
-
-
-def _variants(papers: Mapping[str, Blob]) -> list[Mapping[str, Any]]:
-    try:
-        return list(json.loads(read.small(papers[PACK_JSON]))["variants"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise SourceError(f"{PACK_JSON} does not describe a pack; build again") from error
-
-
-def _bridge(release: Release) -> dict[str, Blob]:
-    """Return the files that the Hub hands to Ollama; one of each serves all variants."""
-    found: dict[str, Blob] = {}
-    for tagged in release.images:
-        for layer in tagged.image.layers:
-            name = BRIDGE.get(layer.media_type)
-            if name and found.setdefault(name, layer).digest != layer.digest:
-                raise SourceError(
-                    f"the variants differ in their {name}, and a repository of the Hub has one "
-                    "for all; publish them to repositories of their own with --quant"
-                )
-    return found
-
-
-def _git_digest(blob: Blob) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % blob.size, usedforsecurity=False)
-    with blob.open() as file:
-        while data := file.read(4 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def _refuse_a_mixture(
-    release: Release, files: Mapping[str, Blob], there: Mapping[str, Any], target: HubTarget
-) -> None:
-    """Refuse to leave weights there that the new pack.json describes otherwise."""
-    papers = _papers(release.images[0].attached)
-    odd = [
-        entry
-        for entry in _variants(papers)
-        if (sibling := there.get(entry["file"])) and entry["file"] not in files
-        if (sibling.lfs and sibling.lfs.sha256 != entry["sha256"]) or sibling.size != entry["size"]
-    ]
-    if odd:
-        quants = ",".join(entry["quant"] for entry in odd)
-        raise TransferError(
-            f"{target.repository} has {listed([entry['file'] for entry in odd])} of another "
-            f"build; publish {quants} as well, or delete it there first"
-        )
 
 
 def _message(release: Release) -> str:

@@ -23,7 +23,7 @@ from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.sums import BESIDE, SUMS, read_sums
 from medllm_pack.progress import Reporter
-from medllm_pack.publish.hub import BRIDGE
+from medllm_pack.publish.hub_content import BRIDGE
 from medllm_pack.publish.hub_files import HubFiles
 from medllm_pack.publish.hub_look import look
 from medllm_pack.publish.make import creation_of
