@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +18,6 @@ import numpy as np
 import pytest
 import typer
 from numpy.typing import NDArray
-from sentencepiece import SentencePieceProcessor
 from typer.testing import CliRunner
 
 from medllm_pack.cli.parity import parity
@@ -669,51 +666,6 @@ def test_texts_are_read_as_notes_or_as_json_lines(tmp_path: Path) -> None:
         with pytest.raises(SourceError) as error:
             read_texts(tmp_path / name, count=9)
         assert "segredo" not in str(error.value)
-
-
-def test_users_texts_appear_nowhere(
-    pack: Path, inputs: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    canary = "Paciente Zulmira Quixabeira, prontuário 7734599210, nega alergias a canários."
-    (tmp_path / "own.txt").write_text(f"{canary}\n\n{canary} De novo.\n", encoding="utf-8")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    wrong_rope_base(pack, inputs)  # failures say more
-    reseal(pack)
-    ended = invoke(pack, inputs, "--texts", str(tmp_path / "own.txt"), "-v")
-    assert isinstance(ended.exception, CheckFailedError)
-    assert list(temporary.iterdir()) == []
-    assert not (tmp_path / "cache").exists()
-    said = f"{ended.output}{ended.exception}".encode()
-    everywhere = (path for path in tmp_path.rglob("*") if path.is_file())
-    written = b"".join(path.read_bytes() for path in everywhere if path.name != "own.txt")
-    for form in ids_of(inputs, canary):
-        assert form not in said + written
-    for word in ("Zulmira", "Quixabeira", "7734599210", "canários"):
-        for form in forms(word):
-            assert form not in said + written
-    texts = json.loads((pack / "parity.json").read_text(encoding="utf-8"))["texts"]
-    assert texts == {"name": "user", "count": 2, "sha256": None}
-
-
-def ids_of(inputs: Sources, text: str) -> list[bytes]:
-    """Return ids from the middle of a text, as numbers in the usual widths and as JSON."""
-    pieces = SentencePieceProcessor(model_file=str(Path(inputs.base or "") / "tokenizer.model"))
-    ids = pieces.encode(text)[4:14]
-    binary = [np.array(ids, dtype=kind).tobytes() for kind in ("<u2", "<i4", "<i8")]
-    return [*binary, json.dumps(ids).encode(), " ".join(map(str, ids)).encode()]
-
-
-def forms(word: str) -> list[bytes]:
-    """Return a word as text, UTF-16, hex, and the inner part of its base64 at each alignment."""
-    data = word.encode()
-    inner = [
-        base64.b64encode(bytes(i) + data)[-(-i * 8 // 6) : (i + len(data)) * 8 // 6]
-        for i in range(3)
-    ]
-    return [data, word.encode("utf-16-le"), data.hex().encode(), *inner]
 
 
 def invoke(pack: Path, inputs: Sources, *more: str) -> Any:
