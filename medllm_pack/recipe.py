@@ -191,7 +191,7 @@ def check_recipe(name: str) -> tuple[str, ...]:
     Raises:
         UsageError: if there is no such recipe.
     """
-    from medllm_pack.ollama.modelfile import Style
+    from medllm_pack.ollama.style import Style
     from medllm_pack.quant.mixes import load_mix
 
     path = recipe_path(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import packs, pico
+from tests import golang, packs, pico
 from tests.chromium import Browser
 
 Renderer = Callable[..., str]
@@ -65,15 +65,7 @@ def built_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return tests/gotemplate, built."""
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("go is not installed; Debian has it as golang-go")
-    built = tmp_path_factory.mktemp("go") / "gotemplate"
-    command = [go, "build", "-o", str(built), "main.go"]
-    offline = {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local", "GOPROXY": "off"}
-    folder = Path(__file__).parent / "gotemplate"
-    subprocess.run(command, cwd=folder, env=os.environ | offline, check=True)
-    return built
+    return golang.built("gotemplate", tmp_path_factory.mktemp("go"))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from medllm_pack.pack import sums
 from medllm_pack.publish import papers
 from medllm_pack.publish.make import make_release
 from medllm_pack.publish.release import Release
-from tests import ollama_parser, packs
+from tests import golang, ollama_parser, packs
 from tests.hub_client import Recorded
 
 SETTINGS = settings(deadline=None, max_examples=60)  # each example starts a program
@@ -37,14 +37,7 @@ Create = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="session")
 def create(tmp_path_factory: pytest.TempPathFactory) -> Create:
     """Return a function that runs tests/ollamacreate."""
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("go is not installed; Debian has it as golang-go")
-    built = tmp_path_factory.mktemp("go") / "ollamacreate"
-    command = [go, "build", "-o", str(built), "main.go"]
-    offline = {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local", "GOPROXY": "off"}
-    folder = Path(__file__).parent / "ollamacreate"
-    subprocess.run(command, cwd=folder, env=os.environ | offline, check=True)
+    built = golang.built("ollamacreate", tmp_path_factory.mktemp("go"))
 
     def run(**request: Any) -> dict[str, Any]:
         data = json.dumps(request).encode()

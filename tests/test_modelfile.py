@@ -19,17 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medllm_pack.errors import ModelfileError, RecipeError, UsageError
-from medllm_pack.ollama.modelfile import (
-    PARAMETERS,
-    Modelfile,
-    ParameterValue,
-    Style,
-    render,
-    style_names,
-    survives,
-    template_sha256,
-)
+from medllm_pack.ollama.modelfile import Modelfile, render
 from medllm_pack.ollama.names import ModelName
+from medllm_pack.ollama.rules import PARAMETERS, ParameterValue, survives
+from medllm_pack.ollama.style import Style, style_names, template_sha256
 from tests.conftest import Renderer
 from tests.ollama_parser import Command, ParseError, parse
 

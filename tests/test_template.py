@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medllm_pack.errors import ModelfileError
-from medllm_pack.ollama.modelfile import Modelfile, Style, render, style_names
+from medllm_pack.ollama.modelfile import Modelfile, render
 from medllm_pack.ollama.reading import read_modelfile
+from medllm_pack.ollama.style import Style, style_names
 from medllm_pack.ollama.template import Message, Template
 from tests.conftest import Renderer
 from tests.test_modelfile import HARMLESS, NUMBERS, STOPS

@@ -21,8 +21,8 @@ from medllm_pack.errors import ModelfileError
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
 from medllm_pack.ollama import gojson
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
-from medllm_pack.ollama.modelfile import ParameterValue
 from medllm_pack.ollama.reading import read_modelfile
+from medllm_pack.ollama.rules import ParameterValue
 
 CONFIG: Final = "application/vnd.docker.container.image.v1+json"
 MODEL: Final = "application/vnd.ollama.image.model"

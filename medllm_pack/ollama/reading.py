@@ -11,13 +11,8 @@ import re
 from typing import Any, Final
 
 from medllm_pack.errors import ModelfileError, shown
-from medllm_pack.ollama.modelfile import (
-    PARAMETERS,
-    Modelfile,
-    ParameterValue,
-    parameter_problems,
-    text_problems,
-)
+from medllm_pack.ollama.modelfile import Modelfile
+from medllm_pack.ollama.rules import PARAMETERS, ParameterValue, parameter_problems, text_problems
 
 _QUOTED: Final = r'"""(?P<{}>(?:(?!"""\n).)*)"""'
 _COMMAND = re.compile(

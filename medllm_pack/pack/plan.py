@@ -29,7 +29,9 @@ from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Entry, Layout, lay_out
 from medllm_pack.gguf.vocab import Vocabulary, read_vocabulary
 from medllm_pack.limits import unknown_variants
-from medllm_pack.ollama.modelfile import Style, render, survives
+from medllm_pack.ollama.modelfile import render
+from medllm_pack.ollama.rules import survives
+from medllm_pack.ollama.style import Style
 from medllm_pack.pack.inputs import Inputs, choose, find_text, gather
 from medllm_pack.progress import Reporter
 from medllm_pack.quant.importance import Importance, read_importance

@@ -14,8 +14,10 @@ from typing import Any
 
 from medllm_pack.errors import ModelfileError, SourceError, WorkerError, shown
 from medllm_pack.files import read_small
-from medllm_pack.ollama.modelfile import Modelfile, stop_problems, template_sha256
+from medllm_pack.ollama.modelfile import Modelfile
 from medllm_pack.ollama.reading import read_modelfile
+from medllm_pack.ollama.rules import stop_problems
+from medllm_pack.ollama.style import template_sha256
 from medllm_pack.ollama.template import Message, Template
 from medllm_pack.parity.checks import Check, broken, skipped
 from medllm_pack.parity.texts import shipped_texts

@@ -18,8 +18,9 @@ from medllm_pack.errors import MedllmError, ModelfileError, SourceError, UsageEr
 from medllm_pack.known import Known
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import Blob
-from medllm_pack.ollama.modelfile import PARAMETERS, Modelfile, render
+from medllm_pack.ollama.modelfile import Modelfile, render
 from medllm_pack.ollama.placing import place
+from medllm_pack.ollama.rules import PARAMETERS
 from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.sums import SUMS, checked_name, parse_sums, text_of
 from medllm_pack.progress import Reporter, Silent
