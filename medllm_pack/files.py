@@ -45,13 +45,10 @@ class DigestBehind:
     """A SHA-256 computed by a thread of its own while its caller fetches the next bytes.
 
     One piece is digested at a time: what was given before the last piece may be overwritten.
-
-    Args:
-        digest: another hash to be fed instead.
     """
 
-    def __init__(self, digest: Any = None) -> None:
-        self._digest = digest or hashlib.sha256()
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
         self._last: Future[None] | None = None
 
@@ -63,7 +60,7 @@ class DigestBehind:
     def hexdigest(self) -> str:
         """Return the digest of everything given."""
         self._wait()
-        return str(self._digest.hexdigest())
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         """End the thread."""

@@ -574,9 +574,9 @@ def test_a_cache_without_links_is_used(get: Get) -> None:
 def test_a_killed_process_is_continued_by_the_next(server: FakeHub, get: Get, cache: Path) -> None:
     weights = ramp(4 << 20)
     server.repository(REPO).commit({**MODEL, WEIGHTS: weights})
-    server.faults.seconds_per_chunk = 0.01
+    server.faults.seconds_per_chunk = 0.04
     process = start_download(server, cache)
-    wait_for(lambda: server.sent(WEIGHTS) > 1 << 20)
+    wait_for(lambda: server.sent(WEIGHTS) > 2 << 20)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

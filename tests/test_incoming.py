@@ -6,6 +6,7 @@ import hashlib
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def add(part: Incoming, data: bytes) -> None:
 
 
 def fill(path: Path, data: bytes, *, piece: int, size: int) -> str:
-    with Incoming(path, lambda _: None) as part:
+    with Incoming.at(path, lambda _: None) as part:
         part.take_up(size)
         for start in range(part.offset, len(data), piece):
             add(part, data[start : start + piece])
@@ -35,7 +36,7 @@ def fill(path: Path, data: bytes, *, piece: int, size: int) -> str:
 @pytest.mark.parametrize("piece", [65_536, 100_003, 5 << 20])
 def test_pieces_of_any_size_give_the_file_and_its_digest(tmp_path: Path, piece: int) -> None:
     told: list[int] = []
-    with Incoming(tmp_path / "x", told.append) as part:
+    with Incoming.at(tmp_path / "x", told.append) as part:
         part.take_up(len(DATA))
         for start in range(0, len(DATA), piece):
             add(part, DATA[start : start + piece])
@@ -54,7 +55,7 @@ def test_a_part_goes_on_wherever_it_ended(tmp_path: Path, left: int) -> None:
 
 
 def interrupted(path: Path, data: bytes) -> None:
-    with Incoming(path, lambda _: None) as part:
+    with Incoming.at(path, lambda _: None) as part:
         part.take_up(len(DATA))
         add(part, data)
         raise KeyboardInterrupt
@@ -67,10 +68,22 @@ def test_what_arrived_before_an_interrupt_is_in_the_file(tmp_path: Path) -> None
     assert (tmp_path / "x").read_bytes() == DATA[:end]
 
 
+def test_bytes_that_come_slowly_are_in_the_file_soon(tmp_path: Path) -> None:
+    with Incoming.at(tmp_path / "x", lambda _: None) as part:
+        part.take_up(len(DATA))
+        for start in range(0, 70_000, 10_000):
+            add(part, DATA[start : start + 10_000])
+            time.sleep(0.1)
+        assert (tmp_path / "x").stat().st_size >= 50_000  # as if it were killed here
+        add(part, DATA[70_000:])
+        assert part.finish() == part.finish() == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "x").read_bytes() == DATA
+
+
 def test_a_part_that_is_too_long_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"?" * 1000)
     assert fill(tmp_path / "x", b"short", piece=2, size=5) == hashlib.sha256(b"short").hexdigest()
-    with Incoming(tmp_path / "x", lambda _: None) as part:
+    with Incoming.at(tmp_path / "x", lambda _: None) as part:
         part.take_up(5)
         part.restart()
         add(part, b"again")
@@ -85,7 +98,7 @@ from medllm_pack.incoming import Incoming
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path, data, limit = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes(), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-with Incoming(path, lambda _: None) as part:
+with Incoming.at(path, lambda _: None) as part:
     part.take_up(len(data))
     for start in range(0, len(data), 65_536):
         n = min(65_536, len(data) - start)

@@ -45,7 +45,7 @@ def fetch_blob(
     part = path.with_name(f"{path.name}.part")
     resumed = part.exists()
     while True:
-        with files.translated(part), Incoming(part, advance) as incoming:
+        with files.translated(part), Incoming.at(part, advance) as incoming:
             found = _Download(registry, digest, size, incoming).run()
         if found == digest.hex:
             break

@@ -160,7 +160,7 @@ def _byte_faults(
 ) -> Iterator[str]:
     for variant in variants:
         item = hub.item(variant["file"])
-        sink = Sink(item, report)
+        sink = Sink.digesting(item, report)
         try:
             Stream(item, hub.commit, hub.address, hub.patience).into(sink)
         except OtherBytesError as error:

@@ -4,7 +4,7 @@ Not by the Hub library's download function: that one starts again after the proc
 checks no digest. Here a partial file is named after the digest of the whole; whoever finds it
 continues it, and it takes its place in the cache only when its bytes have that digest.
 
-Does not know why the file is needed. Memory: one network buffer.
+Does not know why the file is needed. Memory: the windows between network, digest and disk.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
+from medllm_pack.incoming import Incoming
 from medllm_pack.progress import Reporter
 from medllm_pack.weights.answers import Address, Patience
 from medllm_pack.weights.cache import Cache, Item
 from medllm_pack.weights.sources import LocalFile
 from medllm_pack.weights.stream import Sink, Stream
-
-_HASH_CHUNK = 4 << 20
 
 
 def bring(
@@ -123,14 +123,20 @@ class _Part(Sink):
     after_a_stop = "what has arrived is kept. Run the same command again to continue"
 
     def __init__(self, path: Path, item: Item, report: Reporter, cache: Cache) -> None:
-        super().__init__(item, report, hasher=item.hasher)
-        self.path, self._cache = path, cache
+        self.path, self.item, self._report, self._cache = path, item, report, cache
         self._fd = self._open()
+        incoming = Incoming(self._fd, report.advance, hasher=item.hasher, shared=True)
+        super().__init__(item, incoming)
+        self._incoming = incoming
         try:
-            self._take_up()
+            incoming.take_up(item.size)  # the digest of the whole judges it later
         except BaseException:
             self.close()
             raise
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Explain an error of the disk."""
+        return self._cache.writing()
 
     def _open(self) -> int:
         while True:
@@ -153,20 +159,6 @@ class _Part(Sink):
         except OSError:
             pass  # no locks on this file system
 
-    def _take_up(self) -> None:
-        """Hash what an earlier run has left; the digest of the whole judges it later."""
-        left = min(os.fstat(self._fd).st_size, self.item.size)
-        while chunk := os.pread(self._fd, min(_HASH_CHUNK, left - self.offset), self.offset):
-            self.count(chunk)
-
-    def keep(self, chunk: bytes) -> None:
-        """Put bytes in their place."""
-        view, offset = memoryview(chunk), self.offset
-        with self._cache.writing():
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
-
     def too_many(self) -> None:
         """Remove the file."""
         self.discard()
@@ -187,4 +179,4 @@ class _Part(Sink):
 
     def close(self) -> None:
         """Give the descriptor and the lock back."""
-        os.close(self._fd)
+        self._incoming.close()

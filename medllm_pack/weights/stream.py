@@ -1,20 +1,20 @@
 """One file's bytes from the Hub into a sink, however often the connection breaks.
 
 After a break it goes on where it stood, if the server can; every try asks the Hub for a fresh
-address. A sink hashes what it is given and may keep it; the one here keeps nothing, for whoever
-only wants to know what comes. Memory: one network buffer and two windows.
+address. Memory: what takes the bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable
+import socket
+import ssl
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from medllm_pack.errors import SourceError, shown
-from medllm_pack.files import DigestBehind
+from medllm_pack.incoming import Incoming, Passing
 from medllm_pack.progress import Reporter
 from medllm_pack.weights.answers import (
     PASSING,
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from httpx2 import Response
 
 
-_WINDOW: Final = 1 << 20  # hashed at once, by a thread of its own
-
-
 class OtherBytesError(SourceError):
     """What comes cannot be the file."""
 
@@ -47,73 +44,72 @@ class _TryAgainError(Exception):
 
 
 class Sink:
-    """Takes a file's bytes in order, hashes them and keeps none.
+    """Takes a file's bytes in order and digests them; where they go is another's.
 
     Args:
         item: the file as the Hub lists it.
-        report: told of bytes, each counted once.
-        hasher: makes a fresh hash.
+        into: what takes them.
 
     Attributes:
         item: the file.
-        offset: of the next byte.
-        furthest: the largest offset so far.
         after_a_stop: what becomes of the bytes if no more come, for a message.
     """
 
     after_a_stop: ClassVar[str] = "nothing was kept. Try again later"
 
-    def __init__(
-        self, item: Item, report: Reporter, *, hasher: Callable[[], Any] = hashlib.sha256
-    ) -> None:
-        self.item, self._report, self._hasher = item, report, hasher
-        self.furthest = 0
-        self.restart()
+    def __init__(self, item: Item, into: Incoming | Passing) -> None:
+        self.item, self.into = item, into
+
+    @classmethod
+    def digesting(cls, item: Item, report: Reporter) -> Self:
+        """Return one that keeps nothing but a SHA-256."""
+        return cls(item, Passing(report.advance))
+
+    @property
+    def offset(self) -> int:
+        """Position of the next byte."""
+        return self.into.offset
+
+    @property
+    def furthest(self) -> int:
+        """The largest offset so far."""
+        return self.into.furthest
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Surround what may fail because of where the bytes go; nothing does here."""
+        return nullcontext()
+
+    def room(self) -> memoryview:
+        """Return the memory that the next bytes belong into."""
+        return self.into.room()
 
     def restart(self) -> None:
         """Go back to the first byte."""
-        self.offset = 0
-        self._hash, self._window = DigestBehind(self._hasher()), bytearray()
+        with self.writing():
+            self.into.restart()
 
-    def write(self, chunk: bytes) -> None:
-        """Take the next bytes.
+    def filled(self, n_bytes: int) -> None:
+        """Take what was put at the start of the room.
 
         Raises:
-            OtherBytesError: if they are more than the file may have.
+            OtherBytesError: if it is more than the file may have.
         """
-        if self.offset + len(chunk) > self.item.size:
+        if self.offset + n_bytes > self.item.size:
             self.too_many()
             raise OtherBytesError(
                 f"the server sends more than the {self.item.size:,} bytes of "
                 f"{shown(self.item.name)}; nothing of it was kept. Try again"
             )
-        self.keep(chunk)
-        self.count(chunk)
-
-    def keep(self, chunk: bytes) -> None:
-        """Put bytes at ``offset``; nothing is kept here."""
+        with self.writing():
+            self.into.filled(n_bytes)
 
     def too_many(self) -> None:
         """Learn that the bytes are not the file's; there is nothing to throw away here."""
 
-    def count(self, chunk: bytes) -> None:
-        """Hash bytes, behind, and move on by as many."""
-        self._window += chunk
-        if len(self._window) >= _WINDOW:
-            self._hash_window()
-        self.offset += len(chunk)
-        if self.offset > self.furthest:
-            self._report.advance(self.offset - self.furthest)
-            self.furthest = self.offset
-
     def digest(self) -> str:
         """Return the digest of what was taken."""
-        self._hash_window()
-        return self._hash.hexdigest()
-
-    def _hash_window(self) -> None:
-        self._hash.update(memoryview(self._window))
-        self._window = bytearray()
+        with self.writing():
+            return self.into.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +169,39 @@ class Stream:
             wanted=f"bytes={sink.offset}-" if sink.offset else None,
         ) as (response, at_home):
             self._check_status(response, sink, at_home=at_home)
-            for chunk in response.iter_bytes():
-                sink.write(chunk)
+            pieces = response.iter_raw()
+            _add(next(pieces, b""), sink)  # and the parser is empty
+            if not self._receive(response, sink):
+                for piece in pieces:
+                    _add(piece, sink)
+
+    def _receive(self, response: Response, sink: Sink) -> bool:
+        """Receive the rest from the connection itself, if it is all that follows there.
+
+        The parser copies every byte five times; closing the answer closes the connection.
+        """
+        stream = response.extensions.get("network_stream")
+        stated = response.headers.get("Content-Length", "")
+        # To a proxy that speaks TLS itself, the socket is not what the bytes come from.
+        nested = stream and isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject)
+        plain = response.http_version == "HTTP/1.1" and "Transfer-Encoding" not in response.headers
+        if stream is None or nested or not plain or not stated.isdecimal():
+            return False
+        connection: socket.socket = stream.get_extra_info("socket")
+        left = int(stated) - response.num_bytes_downloaded
+        while left > 0:
+            try:
+                connection.settimeout(self.patience.stall_s)
+                n = connection.recv_into(sink.room()[:left])
+            except TimeoutError as error:
+                raise _TryAgainError("no answer in time") from error
+            except OSError as error:
+                raise _TryAgainError(f"network error: {type(error).__name__}") from error
+            if not n:
+                break
+            left -= n
+            sink.filled(n)
+        return True
 
     def _check_status(self, response: Response, sink: Sink, *, at_home: bool) -> None:
         """Place the sink where the answer begins, or raise."""
@@ -198,6 +225,15 @@ class Stream:
         else:
             hf_raise_for_status(response)
             raise _TryAgainError(f"{response.url.host} answered {status}")
+
+
+def _add(data: bytes, sink: Sink) -> None:
+    while data:
+        room = sink.room()
+        n = min(len(data), len(room))
+        room[:n] = data[:n]
+        sink.filled(n)
+        data = data[n:]
 
 
 def _continues(response: Response, sink: Sink) -> bool:
