@@ -54,6 +54,7 @@ def test_a_pack_in_part_is_checked_by_naming_the_part(
     code, out, _ = run(["verify", str(part)], capsys)
     assert code == 0
     assert "1 of 2 are here and were checked: f16; nothing is said of the others" in out
+    assert "verified: no check of what is here (1 of 2 are here) says no" in out
     assert run(["verify", str(part), "--quant", "f16"], capsys)[0] == 0
     assert run(["verify", str(part), "--quant", "q4_k_m"], capsys)[0] == 3
     assert run(["verify", str(part), "--quant", "q8_0"], capsys)[0] == 2

@@ -180,4 +180,6 @@ def _show(output: Output, verified: Verified) -> None:
     rows = [(c.name, words[c.passed], c.detail) for c in verified.checks]
     output.table(("check", "", "found"), rows)
     if not verified.failed:
-        output.line(f"\n{verified.subject} verified: no check says no")
+        part = [c.detail for c in verified.checks if c.name == "variants" and c.passed is None]
+        what = f" of what is here ({part[0].partition(' and ')[0]})" if part else ""
+        output.line(f"\n{verified.subject} verified: no check{what} says no")
