@@ -1,7 +1,7 @@
 r"""What sound variants show, to set limits by: quant_recipes/limits.toml.
 
     llama-imatrix -m F16.gguf -f examples/tiny/texts/clinico_treino.txt -o tiny.imatrix.gguf -c 256
-    python -m benchmarks.limits --imatrix tiny.imatrix.gguf [--noise 64]
+    python -m benchmarks.limits --imatrix tiny.imatrix.gguf --work DIR [--noise 64]
 
 Builds every shipped mix, with and without an importance matrix where both exist, of the tiny model
 and of two with random weights (LLaMA-like and Mistral-like), and measures each against the
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from medllm_pack import resources
 from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.limit_tables import OTHER, shipped
 from medllm_pack.limits import Limits
 from medllm_pack.pack.build import build
 from medllm_pack.pack.manifest import read_manifest
@@ -45,7 +46,7 @@ from tests import pico
 from tests.test_build import NEEDS_IMPORTANCE, importance, write_importance
 
 SHAPES = {"llama": pico.LLAMA, "mistral": pico.MISTRAL}
-CONTEXT, NOTES, PARAGRAPHS = 256, 16, 6
+CONTEXT, NOTES, PARAGRAPHS = 256, 8, 6
 LEAST_CLEAR = 200
 KINDS = (
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K",
@@ -85,18 +86,20 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, required=True, help="of the tiny model")
     parser.add_argument("--noise", type=int, default=16, metavar="N", help="million weights a type")
     parser.add_argument("--mixes", default=",".join(mix_names()))
+    parser.add_argument("--models", default="tiny,llama,mistral")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True, help="folder of packs, kept and reused")
     given = parser.parse_args()
     variants: Table = {}
     tensors: Table = {}
-    with TemporaryDirectory() as temporary:
-        for model in _models(Path(temporary), given.imatrix.resolve()):
-            for matrix in (False, True):
-                names = [
-                    n for n in given.mixes.split(",") if matrix or n.upper() not in NEEDS_IMPORTANCE
-                ]
-                _look_at(model, names, matrix, given.threads, variants, tensors)
-    for kind in KINDS:
+    for model in _models(given.work.resolve(), given.imatrix.resolve()):
+        if model.name not in given.models.split(","):
+            continue
+        for matrix in (False, True):
+            chosen = given.mixes.split(",")
+            names = [n for n in chosen if matrix or n.upper() not in NEEDS_IMPORTANCE]
+            _look_at(model, names, matrix, given.threads, variants, tensors)
+    for kind in KINDS if given.noise else ():
         _make_noise(kind, given.noise, tensors)
     print(*_rows(variants, tensors), sep="\n")
 
@@ -125,8 +128,9 @@ def _look_at(
     request = replace(
         model.request, out=out, variants=tuple(names), imatrix=model.imatrix if matrix else None
     )
-    folder = build(make_plan(request, report=Silent()), threads=threads).folder
-    manifest = read_manifest(folder)
+    if not out.exists():
+        build(make_plan(request, report=Silent()), threads=threads)
+    manifest = read_manifest(out)
     original = find_original(manifest, model.sources, report=Silent())
     label = f"{model.name}{', matrix' if matrix else ''}"
     with TemporaryDirectory() as temporary:
@@ -135,10 +139,11 @@ def _look_at(
         ids = [one for segment in segments.values() for one in segment]
         reference = compute_logits(original, ids, folder=place, report=Silent())
         for entry in manifest["variants"]:
-            path = folder / entry["file"]
+            path = out / entry["file"]
             _, errors = check_tensors(path, read_gguf(path), original, Limits(), report=Silent())
             for error in errors:
-                _see(tensors, error.type, {"rmse": error.rmse, "worst_block": error.worst}, label)
+                seen = {"rmse": error.rmse, _block(matrix): error.worst}
+                _see(tensors, error.type, seen, label)
             ours = Jobs(path, original.transformers_config(), runtime).logits(ids, place)
             at = 0
             for name, segment in segments.items():
@@ -180,7 +185,8 @@ def _make_noise(kind: str, millions: int, tensors: Table) -> None:
     """Quantize random weights, plain and with outliers, and keep the worst error of a block."""
     generator = np.random.default_rng(0)
     rows = (1 << 20) // 4096
-    weights = np.abs(generator.standard_normal(4096, dtype=np.float32)) + np.float32(0.01)
+    # Squares of activations differ by orders of magnitude.
+    weights = np.exp(2 * generator.standard_normal(4096)).astype(np.float32)
     for number in range(millions):
         values = generator.standard_normal((rows, 4096), dtype=np.float32) * np.float32(0.02)
         if number % 2:  # as heavy as the tails of trained weights get
@@ -206,9 +212,13 @@ def _see_blocks(
     largest = np.maximum(np.abs(blocks).max(axis=1), usual)
     seen = {
         "rmse": float(np.sqrt((errors**2).mean()) / usual),
-        "worst_block": float((np.abs(errors).max(axis=1) / largest).max()),
+        _block(weights is not None): float((np.abs(errors).max(axis=1) / largest).max()),
     }
     _see(tensors, kind, seen, "noise" + (", matrix" if weights is not None else ""))
+
+
+def _block(matrix: bool) -> str:
+    return "worst_block_matrix" if matrix else "worst_block"
 
 
 def _see(table: Table, row: str, figures: Mapping[str, float], where: str) -> None:
@@ -218,16 +228,15 @@ def _see(table: Table, row: str, figures: Mapping[str, float], where: str) -> No
 
 def _rows(variants: Table, tensors: Table) -> Iterator[str]:
     """Yield the worst of each figure, its limit, and how many times the worst the limit is."""
-    limits = Limits()
-    yield f"\n{'':10}{'figure':12}{'worst':>10}{'limit':>10}{'times':>8}  seen in"
-    for table, of in ((variants, limits.logits), (tensors, limits.weights)):
-        for (row, name), worst in table.items():
-            if table is tensors and row in EXACT:
+    yield f"\n{'':10}{'figure':20}{'worst':>10}{'limit':>10}{'times':>8}  seen in"
+    for table, rows in ((variants, shipped().variants), (tensors, shipped().tensors)):
+        for (name, figure), worst in table.items():
+            if table is tensors and name in EXACT:
                 continue
-            limit = getattr(of(row), name)
-            room = 1 - limit if name == "top1_clear" else limit
+            limit = getattr(rows[name if name in rows else OTHER], figure)
+            room = 1 - limit if figure == "top1_clear" else limit
             times = f"{room / worst.value:8.1f}" if worst.value else f"{'∞':>8}"
-            yield f"{row:10}{name:12}{worst.value:10.3g}{room:10.3g}{times}  {worst.where}"
+            yield f"{name:10}{figure:20}{worst.value:10.3g}{room:10.3g}{times}  {worst.where}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pydantic import Field, field_validator, model_validator
 from medllm_pack import resources
 from medllm_pack.errors import MedllmError, RecipeError, UsageError, WriteError, shown
 from medllm_pack.files import read_small, translated
-from medllm_pack.limits import RecipeLimits, unknown_variants
+from medllm_pack.limit_tables import RecipeLimits
+from medllm_pack.limits import unknown_variants
 from medllm_pack.tables import Table, parse_table
 
 _FOLDER = "quant_recipes/models"

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from medllm_pack import limits, resources
+from medllm_pack import limit_tables as limits
+from medllm_pack import resources
 from medllm_pack.errors import PlanError, RecipeError
-from medllm_pack.limits import Limits, LimitTable, RecipeLimits
+from medllm_pack.limit_tables import LimitTable, RecipeLimits
+from medllm_pack.limits import Limits
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.progress import Silent
 from medllm_pack.quant.mixes import mix_names
@@ -49,7 +51,7 @@ def test_own_mix_has_the_limits_of_the_name_that_its_own_begins_with() -> None:
     usual = Limits()
     assert usual.logits("q4_k_m-clinica") == usual.logits("q4_k_m")
     assert usual.logits("minha") == usual.logits("other")
-    assert usual.weights("TQ2_0") == usual.weights("other")
+    assert usual.weights("NVFP4") == usual.weights("other")
     ours = given("[parity.variants.q4_k_m]\nkld_mean = 0.02")
     assert ours.logits("q4_k_m-clinica").kld_mean == 0.02
     [departure] = ours.departures("q4_k_m-clinica", kinds=(), rungs=())
@@ -72,6 +74,15 @@ def test_own_mix_has_the_limits_of_the_name_that_its_own_begins_with() -> None:
 def test_departure_knows_whether_it_is_looser(table: str, looser: bool) -> None:
     found = given(table).departures("q4_k_m", kinds=["Q4_K"], rungs=["merge", "served"])
     assert [departure.looser for departure in found] == [looser]
+
+
+def test_file_made_with_an_importance_matrix_has_a_limit_of_its_own_for_blocks() -> None:
+    table = limits.RecipeLimits.model_validate({"tensors": {"Q4_K": {"worst_block_matrix": 0.9}}})
+    assert Limits(table).weights("Q4_K") == Limits().weights("Q4_K")
+    assert Limits(table).departures("q4_k_m", kinds=["Q4_K"], rungs=()) == ()
+    assert Limits(table, matrix=True).weights("Q4_K").worst_block == 0.9
+    [departure] = Limits(table, matrix=True).departures("q4_k_m", kinds=["Q4_K"], rungs=())
+    assert departure.path == ("tensors", "Q4_K", "worst_block_matrix")
 
 
 def test_departures_are_those_that_counted() -> None:
@@ -129,7 +140,7 @@ def test_own_mix_of_the_recipe_may_have_limits(tmp_path: Path) -> None:
 
 
 def test_shipped_limits_that_are_damaged_are_named() -> None:
-    damaged = SHIPPED.replace("kld_mean = 5e-3, ", "").replace("agreement = 0.98", "")
+    damaged = SHIPPED.replace("kld_mean = 0.004,  ", "").replace("agreement = 0.98", "")
     damaged = "\n".join(line for line in damaged.splitlines() if not line.startswith("other"))
     with pytest.raises(RecipeError) as caught:
         limits.complete(parse_table(LimitTable, damaged.encode(), subject="limits.toml"))

@@ -43,7 +43,7 @@ from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
 from tests import pico
 from tests.test_bad_input import run as command
-from tests.test_build import check_sums, run, variant
+from tests.test_build import check_sums, importance, run, variant, write_importance
 
 TEXTS = shipped_texts(count=2)
 SHAPES = {"llama": pico.LLAMA, "mistral": pico.MISTRAL}
@@ -213,6 +213,19 @@ def test_sound_pack_passes_every_rung(tmp_path: Path, tokenizer: bytes, name: st
     assert html == page(manifest, result.document)
 
 
+def test_variants_made_with_an_importance_matrix_pass_and_have_limits_of_their_own(
+    tmp_path: Path, inputs: Sources
+) -> None:
+    matrix = write_importance(tmp_path / "m.gguf", importance(pico.LLAMA))
+    base, adapter = Path(inputs.base or ""), Path(inputs.adapter or "")
+    quants = ["q6_k", "q2_k_s", "iq2_xxs"]
+    run(tmp_path / "p", quants=quants, base=base, adapter=adapter, imatrix=matrix)
+    verdicts = check(tmp_path / "p", inputs).verdicts
+    assert [v.failed for v in verdicts] == [None] * 3
+    [block] = [c for c in verdicts[0].checks if c.name == "weights.worst_block"]
+    assert block.limit == "<= 1"
+
+
 def test_pack_of_merged_weights_passes_without_a_merge_proof(
     tmp_path: Path, inputs: Sources
 ) -> None:
@@ -260,7 +273,7 @@ def test_limits_of_the_recipe_count_and_are_told_wherever_the_verdict_is(
             {"name": "generation.ties.f16", "shipped": 0.02, "used": 0.01, "looser": False},
         ],
         "q8_0": [
-            {"name": "variants.q8_0.kld_mean", "shipped": 0.005, "used": 1e-9, "looser": False}
+            {"name": "variants.q8_0.kld_mean", "shipped": 0.004, "used": 1e-9, "looser": False}
         ],
     }
     pack = json.loads((tmp_path / "p" / "pack.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import worker
 from medllm_pack.parity.checks import Check
 from medllm_pack.parity.prompts import read_beside
-from medllm_pack.parity.served import check_served, find_served
+from medllm_pack.parity.served import check_served, compare_texts, find_served
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
 from tests import llama_worker
@@ -99,6 +99,14 @@ def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # 
 def test_server_that_reads_another_prompt_is_caught(pack: Path, serve: Serve) -> None:  # noqa: F811
     checks = check(pack, serve, Fake(pack, instead="O gato dorme"))
     assert [c.passed for c in checks] == [False, False]
+
+
+def test_what_follows_a_near_tie_is_not_counted() -> None:
+    ours, margins = ["a", "ab", "abc", "abcd"], [1.0, 0.1, 2.0, 1.0]
+    assert compare_texts("abcd", ours, margins, 0.35) == (4, 0)
+    assert compare_texts("axyz", ours, margins, 0.35) == (1, 0)
+    assert compare_texts("abyz", ours, margins, 0.35) == (2, 2)
+    assert compare_texts("", ours, margins, 0.35) == (0, 4)
 
 
 def test_server_that_fails_is_a_finding_with_its_reason(

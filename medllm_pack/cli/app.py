@@ -238,7 +238,7 @@ def recipes_check(recipe: o.RecipeArg, json: o.JsonOpt = False) -> None:
 @recipes.command("limits")
 def recipes_limits(json: o.JsonOpt = False) -> None:
     """Print the shipped limits of `parity`, as a recipe's table of that name has them."""
-    from medllm_pack import limits
+    from medllm_pack import limit_tables as limits
 
     output = Output(json=json)
     output.result(

@@ -184,7 +184,8 @@ class _Ladder:
         manifest: Document,
         report: Reporter,
     ) -> None:
-        self.limits = Limits(recipe_of(manifest).parity)
+        matrix = manifest["importance"] is not None
+        self.limits = Limits(recipe_of(manifest).parity, matrix=matrix)
         self.original, self.runtime, self.report = original, runtime, report
         self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)

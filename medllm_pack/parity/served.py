@@ -73,7 +73,7 @@ def check_served(
     served: Served, quant: str, modelfile: Modelfile, write: Write, limits: Limits
 ) -> list[Check]:
     """Return the checks of the rung for the variant that is served."""
-    notes = [_opening(note) for note in shipped_texts(count=_PROMPTS).notes]
+    notes = [opening(note) for note in shipped_texts(count=_PROMPTS).notes]
     template = Template.parse(modelfile.template)
     begin: list[Message] = [("system", modelfile.system)] if modelfile.system else []
     rendered = [template.render(*begin, ("user", note)) for note in notes]
@@ -83,7 +83,7 @@ def check_served(
     ]
 
 
-def _opening(note: str) -> str:
+def opening(note: str) -> str:
     """Return the first words of a note."""
     return note[:_CHARACTERS].rpartition(" ")[0]
 
@@ -108,30 +108,31 @@ def _compare(
         ]  # fmt: skip
     except (WorkerError, ServerError) as error:
         return broken(name, str(error))
-    tie = limits.served_tie
-    agreeing = [
-        _agreeing(text, written["texts"], written["margins"], tie)
+    counted = [
+        compare_texts(text, written["texts"], written["margins"], limits.served_tie)
         for text, written in zip(theirs, ours["written"], strict=True)
     ]
-    total = sum(len(written["texts"]) for written in ours["written"])
+    alike, lost = (sum(numbers) for numbers in zip(*counted, strict=True))
     detail = (
-        f"{sum(agreeing)} of {total} tokens that llama.cpp writes from {quant}, "
-        f"{shown(served.model)} at {served.server.address} writes too"
+        f"{alike} tokens that llama.cpp writes from {quant}, {shown(served.model)} at "
+        f"{served.server.address} writes too, {lost} it does not"
     )
-    share = sum(agreeing) / total if total else 1.0
+    share = alike / (alike + lost) if alike + lost else 1.0
     return at_least(name, share, limits.served_agreement, detail)
 
 
-def _agreeing(text: str, ours: Sequence[str], margins: Sequence[float], tie: float) -> int:
-    """Count the tokens until a text parts from ours, all of them if it parts at a near tie.
+def compare_texts(
+    text: str, ours: Sequence[str], margins: Sequence[float], tie: float
+) -> tuple[int, int]:
+    """Return how many tokens are alike, and how many are not; none after a parting at a near tie.
 
     Args:
         text: what the server wrote.
         ours: our text after each token.
         margins: by how much each of our tokens led.
-        tie: margin below which another choice is as good.
+        tie: margin below which another choice is as good, and nothing after it can be compared.
     """
     for i, part in enumerate(ours):
         if not text.startswith(part.rstrip("\ufffd")):  # half a character is not there yet
-            return len(ours) if margins[i] < tie else i
-    return len(ours)
+            return i, 0 if margins[i] < tie else len(ours) - i
+    return len(ours), 0
