@@ -302,6 +302,48 @@ def test_a_registry_may_take_its_time_to_put_an_upload_together(
     assert registry.check_whole()
 
 
+@pytest.mark.parametrize("status", ["413 Large", "403 No"])
+def test_a_refusal_before_the_body_ends_the_sending(tmp_path: Path, status: str) -> None:
+    came = 0
+
+    def script(request: Request) -> None:
+        nonlocal came
+        if request.method == "HEAD":
+            request.send("404 Missing")
+        elif request.method == "POST":
+            request.send("202 Accepted", Location="/v2/ns/model/blobs/uploads/1")
+        else:
+            request.send(status)
+            while data := request.connection.recv(1 << 16):
+                came += len(data)
+                time.sleep(0.01)
+
+    sent = release(tmp_path / "r", size=60_000_000)
+    options = Options(state=tmp_path / "state", ask_ollama=False)
+    with serving(script) as host, pytest.raises(TransferError, match=status[:3]) as error:
+        push(sent, RegistryTarget("oci", host, "ns/model"), access=ACCESS, options=options)
+    assert not isinstance(error.value, InterruptedTransferError)
+    assert came < 20_000_000  # what lay in the buffers of the system
+
+
+@pytest.mark.registry
+@needs("docker-registry")
+def test_an_interim_answer_does_not_end_the_sending(registry: Registry, tmp_path: Path) -> None:
+    def script(request: Request) -> None:
+        if request.method in ("PATCH", "PUT"):
+            request.connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+            request.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.05)
+        forward(request, registry.host)
+
+    sent = release(tmp_path / "r", size=SIZE)
+    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
+    with serving(script) as host:
+        done = push(sent, RegistryTarget("oci", host, "ns/model"), access=ACCESS, options=options)
+    assert done.transferred == sum(blob.size for blob in sent.blobs)
+    assert registry.check_whole()
+
+
 def test_a_server_that_reads_drop_by_drop_is_given_up(tmp_path: Path) -> None:
     def script(request: Request) -> None:
         if request.method == "HEAD":
