@@ -424,3 +424,15 @@ def test_no_pickle_is_ever_opened(bench: Bench) -> None:
         assert "Traceback" not in done.stderr
         place.write_bytes(sound)
     assert not (bench.folder / "fired").exists()
+
+
+def test_traceback_changes_neither_line_nor_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["inspect", str(tmp_path / "missing.gguf")]
+    code, _, plain = run(command, capsys)
+    monkeypatch.setenv("MEDLLM_DEBUG", "1")
+    code_with, _, traced = run(command, capsys)
+    assert code_with == code == 1
+    assert traced.startswith("Traceback")
+    assert traced.endswith(plain)

@@ -145,7 +145,7 @@ def nothing(pack: Path, inputs: Sources) -> None:
     ("fault", "kind", "more", "code"),
     [
         (nothing, "jsonl", ("--json",), 0),
-        (wrong_rope_base, "txt", ("-v",), 1),  # failures say more, tracebacks most
+        (wrong_rope_base, "txt", ("-v",), 3),  # failures say more, tracebacks most
         (token_twice, "txt", ("-v",), 3),  # llama.cpp aborts
     ],
 )
@@ -159,7 +159,7 @@ def test_users_texts_appear_nowhere(
     fault(place.pack, place.inputs)
     reseal(place.pack)
     texts = write_texts(place.folder, kind)
-    debug = {"MEDLLM_DEBUG": "1"} if code == 1 else {}
+    debug = {"MEDLLM_DEBUG": "1"} if fault is wrong_rope_base else {}
     with place.start(texts, *more, **debug) as process:
         out, err = process.communicate()
     assert process.returncode == code, err

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def run(command: Callable[[], object]) -> NoReturn:
         command()
     except MedllmError as error:
         if os.environ.get("MEDLLM_DEBUG") == "1":
-            raise
+            traceback.print_exception(error)
         for line in error.lines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,10 +3,11 @@
 Blocks arrive in any order and begin anywhere; the disk is given whole pages, past the page cache.
 The whole pages of a block are written at once; a page that two blocks share waits for the second.
 A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
-complete from the start and digests it while later blocks are still being made. It takes a block
-from memory, where the last few are kept until their turn comes. So the digest is of what was meant
-to be written: what a disk does to it afterwards is found by whoever digests the file. A block whose
-turn comes late, because the input has another order than the output, is read back instead.
+complete from the start and digests it while later blocks are still being made, so that it costs no
+pass of its own. It takes the blocks from memory, where the last few are kept until their turn:
+that is half of the traffic with the disk, and what a disk does to a block afterwards is not vouched
+for. A block whose turn comes much later, because inputs are sorted by name and outputs by number,
+is read back.
 
 Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; one window a
 thread, and a page where two tensors meet.
