@@ -94,6 +94,30 @@ def test_a_whole_signed_pack_is_verified(
     assert len(re.findall(r"^\S+ +yes ", said, re.MULTILINE)) == 11
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_commands_of_the_card_check_the_pack(
+    pack: Path, keys: tuple[Path, Path], damaged: bool
+) -> None:
+    """As a reader of README.md runs them, in the pack, with the key beside it."""
+    shutil.copy(keys[1], pack.parent / "signer.pub")
+    program = pack.parent / "bin" / "medllm-pack"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m medllm_pack "$@"\n')
+    program.chmod(0o755)
+    card = (pack / "README.md").read_text(encoding="utf-8")
+    _, _, section = card.partition("## Check it yourself")
+    commands = section.split("```")[1].strip().splitlines()
+    if damaged:
+        path = pack / "Modelfile.q4_k_m"
+        path.write_bytes(path.read_bytes().replace(b"FROM", b"from"))
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    codes = [
+        subprocess.run(line, shell=True, cwd=pack, env=environment, check=False).returncode
+        for line in commands
+    ]
+    assert codes == ([1, 3, 3] if damaged else [0, 0, 0])
+
+
 def test_json_holds_every_check(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["verify", str(pack), "--json"], capsys)
     content = json.loads(out)

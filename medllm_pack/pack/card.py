@@ -18,8 +18,19 @@ from medllm_pack.recipe import Recipe
 NAME = "README.md"
 
 _OLLAMA_HINT = "ollama create {name} -f {modelfile}\nollama run {name}"
-_FRAMED = """The prompt is framed by the style `{style}` (TEMPLATE in the Modelfile).
-`SHA256SUMS` lists every file; check with `sha256sum -c SHA256SUMS`.
+_FRAMED = "The prompt is framed by the style `{style}` (TEMPLATE in the Modelfile).\n"
+# All of it works without a network. The key is no part of a pack: it must come another way.
+_CHECK = """## Check it yourself
+
+From this folder, without a network:
+
+```
+sha256sum --ignore-missing -c SHA256SUMS    # every byte of what is here
+medllm-pack verify .                        # and that the papers say what was built
+medllm-pack verify . --key ../signer.pub    # and who signed it, if there is a model.sig
+```
+
+The public key is the publisher's and must come another way than these files.
 """
 _HEADS = ("variant", "mean KLD", "99 %", "same top token", "perplexity", "ratio", "verdict")
 # Figure of pack.json -> how a reader sees it.
@@ -74,6 +85,7 @@ def _sections(recipe: Recipe, document: Document) -> Iterator[str]:
     yield from _files(recipe, document)
     if document["parity"] is not None:
         yield from _parity(document["parity"])
+    yield _CHECK
     yield from _made_from(document)
     for title, text in (
         ("Training", card.training),
