@@ -204,7 +204,7 @@ def memory_bytes(files: int, *, threads: int) -> int:
     # The interpreter with numpy and numba; for every worker a block as it is read, merged, rounded,
     # widened and quantized; for every file what waits for its digest.
     block = BLOCK_WEIGHTS * (22 + 2 * files)
-    return (170 << 20) + (threads + 1) * block + files * KEPT_BYTES
+    return (170 << 20) + (threads + 1) * block + files * (KEPT_BYTES + (8 << 20))
 
 
 def _quantizer(needs: set[tuple[str, bool]], device: DeviceName, report: Reporter) -> Quantizer:

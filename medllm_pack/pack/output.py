@@ -9,17 +9,18 @@ that is half of the traffic with the disk, and what a disk does to a block after
 for. A block whose turn comes much later, because inputs are sorted by name and outputs by number,
 is read back.
 
-Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; one window a
-thread, and a page where two tensors meet.
+Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; two buffers a file,
+one window a thread, and a page where two tensors meet.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,11 @@ from numpy.typing import NDArray
 
 from medllm_pack.direct import PAGE, aligned, page_ceil, page_floor, switch_on
 from medllm_pack.errors import WriteError
+from medllm_pack.files import DigestBehind
 from medllm_pack.gguf.layout import Layout
 
-_CHUNK = 1 << 20  # read back and digested at once
+_CHUNK = 4 << 20  # read back at once, while the one before is digested
+_RUN = 64 << 20  # read back before looking whether to stop
 KEPT_BYTES = 16 << 20  # kept in memory until digested: four blocks of F16
 _WINDOW = 1 << 20  # copied and written at once; stays in a core's cache
 
@@ -58,7 +61,7 @@ class Output:
         self._changed = threading.Condition()
         self._stopped = False
         self._error: OSError | None = None
-        self._digest = hashlib.sha256()
+        self._digest = DigestBehind()
         # A daemon: an interrupt while it starts must not leave a process that waits for it.
         self._follower = threading.Thread(
             target=self._follow, name=f"digest {self.name}", daemon=True
@@ -117,6 +120,7 @@ class Output:
             self._changed.notify()
         if self._follower.is_alive():
             self._follower.join()
+        self._digest.close()
         os.close(self._fd)
 
     def _put_part(self, offset: int, part: NDArray[np.uint8]) -> None:
@@ -142,11 +146,11 @@ class Output:
             self._changed.notify()
 
     def _follow(self) -> None:
-        window = aligned(_CHUNK).data
+        windows = cycle((aligned(_CHUNK).data, aligned(_CHUNK).data))
         try:
             while (piece := self._next()) is not None:
                 if piece.data is None:
-                    self._read_back(piece, window)
+                    self._read_back(piece, windows)
                 else:
                     self._digest.update(piece.data[: self.layout.size - piece.start].data)
                 self._digested = piece.end
@@ -162,9 +166,10 @@ class Output:
                 self._changed.wait()
             return None
 
-    def _read_back(self, piece: _Piece, window: memoryview) -> None:
+    def _read_back(self, piece: _Piece, windows: Iterator[memoryview]) -> None:
         position = piece.start
         while position < piece.end:
+            window = next(windows)
             n = os.preadv(self._fd, [window[: piece.end - position]], position)
             if n == 0:
                 raise OSError(errno.EIO, "a part that was written is not there")
@@ -234,8 +239,11 @@ class _Pieces:
         start = self._taken
         if start not in self._ends:
             return None
-        self._taken = self._ends.pop(start)
-        return _Piece(start, self._taken, self._forget(start))
+        self._taken, data = self._ends.pop(start), self._forget(start)
+        # What is to be read back anyway is read in large steps.
+        while data is None and self._taken - start < _RUN and self._follows_forgotten():
+            self._taken = self._ends.pop(self._taken)
+        return _Piece(start, self._taken, data)
 
     def complete_to(self) -> int:
         """Return where the part ends that is complete from the start of the file."""
@@ -243,6 +251,9 @@ class _Pieces:
         while end in self._ends:
             end = self._ends[end]
         return end
+
+    def _follows_forgotten(self) -> bool:
+        return self._taken in self._ends and self._taken not in self._kept
 
     def _forget(self, start: int) -> NDArray[np.uint8] | None:
         data = self._kept.pop(start, None)
