@@ -80,12 +80,14 @@ def build(
     verbose: o.VerboseOpt = False,
 ) -> None:
     """Merge, convert and quantize in one pass; write a pack."""
+    from medllm_pack.allocator import keep_freed_memory
     from medllm_pack.pack.build import build as run_build
     from medllm_pack.pack.plan import make_plan
 
     output = Output(json=json, quiet=quiet or json, verbose=verbose)
     request = _request(recipe, quant, base, adapter, merged, out, imatrix, template, force)
     _require(device)
+    keep_freed_memory()
     with output.reporter() as report:
         plan = make_plan(request, report=report)
         for notice in (*plan.notices, *plan.deviations):
