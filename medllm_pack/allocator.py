@@ -1,8 +1,8 @@
 """What the C library does with memory that was freed.
 
 A build asks for the same few arrays again for every block. glibc gives arrays of that size back to
-the kernel at once, which fills them with zeros when they are asked for the next time: a third of a
-build's system time. Knows nothing of models.
+the kernel at once, which fills them with zeros when they are asked for the next time; docs/log.md
+has what that costs. Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -99,8 +99,9 @@ def build(
         papers.write(
             plan, folder, document, {name: digest for name, (_, digest) in digests.items()}
         )
+    known = Known()
     for name, (_, sha256) in digests.items():
-        Known().made(out / name, sha256)
+        known.made(out / name, sha256)
     return Built(out, document)
 
 
@@ -202,7 +203,8 @@ def memory_bytes(files: int, *, threads: int) -> int:
         threads: as for :func:`build`.
     """
     # The interpreter with numpy and numba; for every worker a block as it is read, merged, rounded,
-    # widened and quantized; for every file what waits for its digest.
+    # widened and quantized; for every file what waits for its digest, and
+    # two buffers.
     block = BLOCK_WEIGHTS * (22 + 2 * files)
     return (170 << 20) + (threads + 1) * block + files * (KEPT_BYTES + (8 << 20))
 

@@ -4,10 +4,9 @@ Blocks arrive in any order and begin anywhere; the disk is given whole pages, pa
 The whole pages of a block are written at once; a page that two blocks share waits for the second.
 A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
 complete from the start and digests it while later blocks are still being made, so that it costs no
-pass of its own. It takes the blocks from memory, where the last few are kept until their turn:
-that is half of the traffic with the disk, and what a disk does to a block afterwards is not vouched
-for. A block whose turn comes much later, because inputs are sorted by name and outputs by number,
-is read back.
+pass of its own. A block whose turn comes soon is digested from memory, where the last few are kept.
+One whose turn comes much later is read back: inputs are sorted by name and outputs by number, so
+that is most of a 7B that lies in one file (docs/log.md).
 
 Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; two buffers a file,
 one window a thread, and a page where two tensors meet.
@@ -55,7 +54,6 @@ class Output:
         self.name = path.name
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._pieces = _Pieces()
-        self._digested = 0
         self._shared = _SharedPages(layout.size)
         self._window = _Window()
         self._changed = threading.Condition()
@@ -153,14 +151,13 @@ class Output:
                     self._read_back(piece, windows)
                 else:
                     self._digest.update(piece.data[: self.layout.size - piece.start].data)
-                self._digested = piece.end
         except OSError as error:
             self._error = error
 
     def _next(self) -> _Piece | None:
         """Return the next piece once it is there; None at the end of the file, or if stopped."""
         with self._changed:
-            while not self._stopped and self._digested < self.layout.size:
+            while not self._stopped and self._pieces.taken < self.layout.size:
                 if (piece := self._pieces.take()) is not None:
                     return piece
                 self._changed.wait()
@@ -216,17 +213,21 @@ class _Piece:
 
 
 class _Pieces:
-    """Pieces of a file that were written in any order and wait to be digested."""
+    """Pieces of a file that were written in any order and wait to be digested.
+
+    Attributes:
+        taken: all before it was handed out.
+    """
 
     def __init__(self) -> None:
-        self._taken = 0  # all before it was handed out
+        self.taken = 0
         self._ends: dict[int, int] = {}
         self._kept: dict[int, NDArray[np.uint8]] = {}
         self._kept_bytes = 0
 
     def add(self, start: int, data: NDArray[np.uint8]) -> None:
         """Note a piece; forget the bytes of those furthest ahead if they get too many."""
-        if start < self._taken or start in self._ends:
+        if start < self.taken or start in self._ends:
             raise AssertionError(f"bytes {start} to {start + data.size} are written twice")
         self._ends[start] = start + data.size
         self._kept[start] = data
@@ -236,24 +237,24 @@ class _Pieces:
 
     def take(self) -> _Piece | None:
         """Return the next piece in the order of the file, or None if it is not there yet."""
-        start = self._taken
+        start = self.taken
         if start not in self._ends:
             return None
-        self._taken, data = self._ends.pop(start), self._forget(start)
+        self.taken, data = self._ends.pop(start), self._forget(start)
         # What is to be read back anyway is read in large steps.
-        while data is None and self._taken - start < _RUN and self._follows_forgotten():
-            self._taken = self._ends.pop(self._taken)
-        return _Piece(start, self._taken, data)
+        while data is None and self.taken - start < _RUN and self._follows_forgotten():
+            self.taken = self._ends.pop(self.taken)
+        return _Piece(start, self.taken, data)
 
     def complete_to(self) -> int:
         """Return where the part ends that is complete from the start of the file."""
-        end = self._taken
+        end = self.taken
         while end in self._ends:
             end = self._ends[end]
         return end
 
     def _follows_forgotten(self) -> bool:
-        return self._taken in self._ends and self._taken not in self._kept
+        return self.taken in self._ends and self.taken not in self._kept
 
     def _forget(self, start: int) -> NDArray[np.uint8] | None:
         data = self._kept.pop(start, None)

@@ -3,7 +3,7 @@
 What was fetched stays in a ``.part`` file beside; its bytes are digested again before more is asked
 for, so a digest always covers every byte of the file. Not one byte more than stated is kept.
 Also the digest alone, without a file, and a reader that fetches only the ranges that are read.
-Memory: one piece.
+Memory: the windows of incoming.py.
 """
 
 from __future__ import annotations
