@@ -30,7 +30,8 @@ from medllm_pack.known import Known
 from medllm_pack.pack import manifest, papers
 from medllm_pack.pack.half import finite, to_half
 from medllm_pack.pack.output import KEPT_BYTES, Output
-from medllm_pack.pack.plan import Plan, PlannedFile
+from medllm_pack.pack.plan import Plan
+from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.quant import kernels
 from medllm_pack.quant.device import DeviceName

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 import medllm_pack
 from medllm_pack import files
 from medllm_pack.errors import SourceError, UsageError, shown
-from medllm_pack.pack.plan import Plan, PlannedFile
+from medllm_pack.pack.plan import Plan
+from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import Recipe
 from medllm_pack.tables import problems_of
