@@ -8,7 +8,6 @@ number of threads: they share it through a lock, and its memory is bounded by ``
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from medllm_pack import gpu
 from medllm_pack.errors import DeviceError, UsageError
 from medllm_pack.gguf.layout import row_bytes
 from medllm_pack.progress import Reporter, Silent
@@ -49,7 +49,7 @@ def require(name: DeviceName) -> None:
     """Refuse a device that cannot be used here, before any work is done.
 
     Raises:
-        DeviceError: if torch, its CUDA build or a GPU is missing.
+        DeviceError: if torch, its CUDA build or a GPU is missing, or if the GPU does not work.
         UsageError: if MEDLLM_KERNELS asks for libggml, which has no device.
     """
     if name == "cpu":
@@ -59,32 +59,7 @@ def require(name: DeviceName) -> None:
             f"{kernels.SWITCH}=ggml leaves everything to libggml, which quantizes on the CPU; "
             f"unset it, {_OTHERWISE}"
         )
-    torch = _torch()
-    if torch.version.cuda is None:
-        raise DeviceError(
-            f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch "
-            f"(https://pytorch.org/get-started/locally), {_OTHERWISE}"
-        )
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        found = torch.cuda.is_available()
-    if not found:
-        reason = f" ({_first_line(told[0].message)})" if told else ""
-        raise DeviceError(
-            f"torch {torch.__version__} finds no NVIDIA GPU{reason}; see whether nvidia-smi lists "
-            f"one, {_OTHERWISE}"
-        )
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise DeviceError(
-            "torch is not installed, which --device cuda needs; run: "
-            f"pip install 'medllm-pack[cuda]', {_OTHERWISE}"
-        ) from error
-    return torch
+    gpu.require()
 
 
 class Device:
@@ -99,8 +74,9 @@ class Device:
     """
 
     def __init__(self, name: DeviceName) -> None:
-        self.name = name
-        self.torch = _torch()
+        import torch
+
+        self.name, self.torch = name, torch
         self.title = "CPU" if name == "cpu" else str(self.torch.cuda.get_device_name())
         self._lock = threading.Lock()
         # Pinned, so that copies need no other staging; one, whatever the number of threads.
@@ -182,7 +158,7 @@ class Device:
             ) from error
         except RuntimeError as error:  # torch's name for whatever the driver says
             raise DeviceError(
-                f"{self.title} failed: {_first_line(error)}; see nvidia-smi, {_OTHERWISE}"
+                f"{self.title} failed: {gpu.first_line(error)}; see nvidia-smi, {_OTHERWISE}"
             ) from error
 
 
@@ -192,7 +168,3 @@ def _kernel(kind: str, weighted: bool) -> Callable[[Any, Any], Any]:
     modules = {"scale": scale, "scale_min": scale_min, "simple": simple}
     kernel: Callable[[Any, Any], Any] = getattr(modules[_KERNELS[kind, weighted]], kind.lower())
     return kernel
-
-
-def _first_line(text: object) -> str:
-    return str(text).strip().partition("\n")[0]
