@@ -212,6 +212,12 @@ def test_merge_is_the_same_in_any_blocks_of_rows(
         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
         {"target_modules": ["gate_proj", "lm_head"]},
         {"fan_in_fan_out": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*\.(q|v)_proj"},
+        {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"exclude_modules": r".*layers\.0\.self_attn\.v_proj"},
+        {"bias": "lora_only"},
+        {"bias": "all"},
     ],
     ids=lambda changes: next(iter(changes)) + "=" + str(next(iter(changes.values()))),
 )
@@ -262,7 +268,6 @@ def _peft_warnings() -> Any:
 REFUSED: dict[str, Mapping[str, Any]] = {
     "DoRA": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "biases": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "single tokens": {"trainable_token_indices": [3]},
     "replicates": {"layer_replication": [[0, 2]]},
@@ -275,7 +280,8 @@ REFUSED: dict[str, Mapping[str, Any]] = {
     "ranks from": {"r": 100000},
     "lora_alpha": {"lora_alpha": "16"},
     "not a finite number": {"lora_alpha": float("inf")},
-    "plain name": {"rank_pattern": {r".*\.q_proj": 4}},
+    "plain name.*merge it with PEFT": {"rank_pattern": {r".*\.q_proj": 4}},
+    "not a list of names": {"target_modules": 5},
 }
 
 
@@ -307,6 +313,10 @@ def broken(tmp_path: Path, change: str) -> Path:
             tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = pico.ramp((8, 320), 4)
         case "magnitude":
             tensors[f"{first}magnitude_vector"] = pico.ramp((256,), 5)
+        case "bias":
+            tensors["base_model.model.model.layers.0.self_attn.q_proj.bias"] = pico.ramp((256,), 5)
+        case "head":
+            tensors["base_model.model.lm_head.base_layer.weight"] = pico.ramp((320, 256), 6)
         case "hole":
             for side in "AB":
                 del tensors[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight"]
@@ -327,6 +337,8 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("other model", "layers.40.self_attn.q_proj' is not in the base model .2 layers."),
         ("embedding", "lora_embedding_A"),
         ("magnitude", "magnitude_vector"),
+        ("bias", "q_proj.bias' is a trained bias"),
+        ("head", "lm_head.base_layer.weight' is a whole weight that replaces the base's"),
         ("hole", "no tensors for 'model.layers.1.self_attn.v_proj'"),
         ("no target", "names the target 'v_proj'"),
         ("NaN", "NaN or infinity"),
@@ -355,3 +367,13 @@ def test_missing_adapter_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(pico.adapter_config()))
     with pytest.raises(AdapterError, match="adapter_model.safetensors"):
         Adapter.open(files_of(tmp_path))
+
+
+def test_targets_of_a_pattern_are_the_kinds_of_its_tensors(
+    tmp_path: Path, llama_adapter: Path
+) -> None:
+    config = pico.adapter_config(target_modules=r".*\.(q|v)_proj")
+    folder = pico.write_adapter(tmp_path / "a", config=config)
+    adapter = Adapter.open(files_of(folder))
+    assert adapter.config.targets == ("q_proj", "v_proj")
+    assert adapter.config.targets == Adapter.open(files_of(llama_adapter)).config.targets

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -45,11 +45,12 @@ _PAIR = re.compile(r"(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weig
 # Keys of adapter_config.json that do not change what the merged weights are.
 _HARMLESS = frozenset(
     {
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
         "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
         "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
         "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
         "runtime_config", "target_modules", "task_type", "use_rslora",
+        "bias",  # models that are packed have none; one in the file is refused as a tensor
     }
 )  # fmt: skip
 # Initialisations that also rewrite the base weights, so that W + BA is not the trained model.
@@ -68,7 +69,10 @@ _NAMED_REFUSALS = {
     "arrow_config": "it routes between several adapters (Arrow)",
     "megatron_config": "it was made for Megatron's parallel layers",
 }
-_REMEDY = "merge it with PEFT (merge_and_unload, save_pretrained) and build with --merged"
+_REMEDY = (
+    "merge it with PEFT (merge_and_unload, save_pretrained), put the base's tokenizer.model beside "
+    "the result, and build with --merged"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,11 @@ class AdapterConfig:
         r: default rank.
         alpha: default numerator of the scale.
         rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
-        targets: the module names it was trained on, as written; empty if a pattern was given.
+        targets: the module names it was trained on, as written; empty if a pattern was given,
+            until :class:`Adapter` fills in the kinds of modules that its file holds.
+        excluded: module names that were left out on purpose.
+        selective: whether single modules were chosen, by full names or a pattern, so that some
+            of a kind may be missing.
         layers: the layers it was restricted to; None for all.
         base: the model it says it was trained on.
     """
@@ -92,6 +100,8 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
     targets: tuple[str, ...]
+    excluded: tuple[str, ...]
+    selective: bool
     layers: tuple[int, ...] | None
     base: str | None
 
@@ -136,11 +146,12 @@ class Adapter:
     """A LoRA adapter on disk: its configuration and its pairs by base tensor name."""
 
     def __init__(self, config: AdapterConfig, file: TensorFile) -> None:
-        self.config = config
         self.file = file
         # Hashed now: later its tensors are read by several threads, in any order.
         self.sha256 = file.digest()
         self.pairs: Mapping[str, Pair] = MappingProxyType(_pair_up(config, file))
+        targets = config.targets or tuple(sorted(self.kinds))
+        self.config = replace(config, targets=targets)
 
     @classmethod
     def open(cls, paths: Mapping[str, Path]) -> Adapter:
@@ -162,6 +173,11 @@ class Adapter:
         except BaseException:
             file.close()
             raise
+
+    @property
+    def kinds(self) -> set[str]:
+        """Last names of the modules it changes, such as ``q_proj``."""
+        return {_kind(pair.module) for pair in self.pairs.values()}
 
     @property
     def n_tensors(self) -> int:
@@ -245,7 +261,7 @@ def parse_config(document: Mapping[str, Any]) -> AdapterConfig:
         )
     for reason in _refusals(document):
         raise AdapterError(f"the adapter cannot be merged here: {reason}; {_REMEDY}")
-    targets = document.get("target_modules")
+    targets, excluded = (_names(document, key) for key in ("target_modules", "exclude_modules"))
     return AdapterConfig(
         r=_rank(document.get("r"), "r"),
         alpha=_number(document.get("lora_alpha"), "lora_alpha"),
@@ -256,7 +272,9 @@ def parse_config(document: Mapping[str, Any]) -> AdapterConfig:
             k: _number(v, "alpha_pattern") for k, v in _pattern(document, "alpha_pattern")
         },
         fan_in_fan_out=document.get("fan_in_fan_out", False) is True,
-        targets=tuple(sorted(map(str, targets))) if isinstance(targets, list) else (),
+        targets=targets or (),
+        excluded=excluded or (),
+        selective=targets is None or excluded is None or any("." in name for name in targets),
         layers=_layers(document.get("layers_to_transform")),
         base=str(document["base_model_name_or_path"])
         if document.get("base_model_name_or_path")
@@ -289,19 +307,20 @@ def mismatches(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
 
 def _holes(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
     """Yield the modules that a target of the adapter should have changed and did not."""
-    kinds = {pair.module.rsplit(".", 1)[-1] for pair in adapter.pairs.values()}
-    for target in adapter.config.targets:
-        if target.rsplit(".", 1)[-1] not in kinds:
+    config, kinds = adapter.config, adapter.kinds
+    for target in config.targets:
+        if _kind(target) not in kinds:
             yield f"{CONFIG} names the target {shown(target)}, {WEIGHTS} has nothing for it"
-    chosen = adapter.config.layers
-    for name in base.tensors:
+    for name in () if config.selective else base.tensors:
         layer, module = _layer(name), name.removesuffix(".weight")
-        if layer is None or (chosen is not None and layer not in chosen):
+        if layer is None or (config.layers is not None and layer not in config.layers):
             continue
-        # A literal full name in target_modules selects single layers on purpose.
-        named_in_full = any("." in target for target in adapter.config.targets)
-        if module.rsplit(".", 1)[-1] in kinds and name not in adapter.pairs and not named_in_full:
-            yield f"the adapter has no tensors for {shown(module)}, though it trains its siblings"
+        left_out = name not in adapter.pairs and not _is(module, config.excluded)
+        if left_out and _kind(module) in kinds:
+            yield (
+                f"the adapter has no tensors for {shown(module)}, though it trains its siblings; "
+                "get the whole adapter again"
+            )
 
 
 def _pair_up(config: AdapterConfig, file: TensorFile) -> dict[str, Pair]:
@@ -309,9 +328,7 @@ def _pair_up(config: AdapterConfig, file: TensorFile) -> dict[str, Pair]:
     for spec in file.tensors:
         match = _PAIR.match(spec.name.removeprefix(_PREFIX))
         if match is None or not spec.name.startswith(_PREFIX) or len(spec.shape) != 2:
-            raise AdapterError(
-                f"adapter tensor {shown(spec.name)} is not the A or B of a linear layer; {_REMEDY}"
-            )
+            raise AdapterError(f"adapter tensor {shown(spec.name)} {_what_else(spec)}; {_REMEDY}")
         if match["side"] in sides.setdefault(match["module"], {}):
             raise AdapterError(f"adapter tensor {shown(spec.name)} is there twice")
         sides[match["module"]][match["side"]] = spec
@@ -338,8 +355,6 @@ def _refusals(document: Mapping[str, Any]) -> Iterator[str]:
         if key in _HARMLESS or not value:
             continue
         yield _NAMED_REFUSALS.get(key, f"{CONFIG} sets {shown(key)}, which is not known here")
-    if document.get("bias", "none") != "none":
-        yield f"it trains biases (bias={shown(document['bias'])})"
     init = document.get("init_lora_weights", True)
     if not isinstance(init, str | bool | None) or init not in _HARMLESS_INIT:
         yield f"it was initialised by {shown(init)}, which rewrites the base weights"
@@ -349,7 +364,9 @@ def _pattern(document: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]
     for pattern, value in (document.get(key) or {}).items():
         # PEFT reads these keys as regular expressions; only literal names are followed here.
         if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise AdapterError(f"{CONFIG}: the {key} key {shown(pattern)} is not a plain name")
+            raise AdapterError(
+                f"{CONFIG}: the {key} key {shown(pattern)} is not a plain name; {_REMEDY}"
+            )
         yield pattern, value
 
 
@@ -374,6 +391,33 @@ def _number(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise AdapterError(f"{CONFIG}: {key} is {shown(value)}, not a finite number")
     return float(value)
+
+
+def _names(document: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    """Return module names; None if a regular expression stands there, which is never run."""
+    value = document.get(key) or []
+    if not isinstance(value, str | list):
+        raise AdapterError(f"{CONFIG}: {key} is {shown(value)}, not a list of names")
+    return None if isinstance(value, str) else tuple(sorted(map(str, value)))
+
+
+def _is(module: str, names: tuple[str, ...]) -> bool:
+    # PEFT's rule: the whole name, or a dotted suffix of it.
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _kind(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def _what_else(spec: TensorSpec) -> str:
+    """Say what a tensor is that belongs to no low-rank pair."""
+    if ".lora_" in spec.name:
+        return "is not the A or B of a linear layer"
+    if spec.name.endswith((".bias", ".bias.default")):
+        return "is a trained bias, and biases are not packed"
+    # PEFT saves embeddings whole when they are targets, or when the vocabulary grew.
+    return "is a whole weight that replaces the base's: a trained or resized one"
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:
