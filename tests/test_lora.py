@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from medllm_pack.errors import AdapterError
 from medllm_pack.pack.half import to_half
-from medllm_pack.weights.lora import Adapter, Merged, parse_config
+from medllm_pack.weights.adapter_config import parse_config
+from medllm_pack.weights.checkpoint import Checkpoint
+from medllm_pack.weights.lora import Adapter
+from medllm_pack.weights.merged import Merged
 from medllm_pack.weights.merging import add_low_rank, round_to_half
-from medllm_pack.weights.safetensors import Checkpoint
 from tests import pico
 
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from medllm_pack.errors import CheckpointError
-from medllm_pack.weights.safetensors import Checkpoint, TensorFile
+from medllm_pack.weights.checkpoint import Checkpoint
+from medllm_pack.weights.safetensors import TensorFile
 from tests import pico
 
 

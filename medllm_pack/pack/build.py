@@ -35,8 +35,10 @@ from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.quant import kernels
 from medllm_pack.quant.device import DeviceName
-from medllm_pack.weights.lora import Merged
-from medllm_pack.weights.safetensors import Checkpoint, Rows, TensorSpec, Values
+from medllm_pack.weights.checkpoint import Checkpoint
+from medllm_pack.weights.header import TensorSpec
+from medllm_pack.weights.merged import Merged
+from medllm_pack.weights.safetensors import Rows, Values
 
 BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
 

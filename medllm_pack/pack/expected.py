@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from medllm_pack.gguf import llama
 from medllm_pack.recipe import ExpectedAdapter, ExpectedBase, Recipe
-from medllm_pack.weights.lora import AdapterConfig
+from medllm_pack.weights.adapter_config import AdapterConfig
 
 
 def deviations(

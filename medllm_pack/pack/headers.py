@@ -14,8 +14,10 @@ from medllm_pack import files
 from medllm_pack.errors import CheckpointError, PlanError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.pack.inputs import Inputs
-from medllm_pack.weights.lora import AdapterConfig, Merged
-from medllm_pack.weights.safetensors import Checkpoint, strict_json
+from medllm_pack.weights.adapter_config import AdapterConfig
+from medllm_pack.weights.checkpoint import Checkpoint
+from medllm_pack.weights.documents import strict_json
+from medllm_pack.weights.merged import Merged
 
 
 @dataclass(frozen=True)

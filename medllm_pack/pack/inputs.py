@@ -14,10 +14,11 @@ from typing import Literal
 from medllm_pack.errors import MedllmError, UsageError
 from medllm_pack.progress import Reporter
 from medllm_pack.recipe import Origin, Recipe
+from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.hub import fetch
-from medllm_pack.weights.lora import Adapter, Merged
+from medllm_pack.weights.lora import Adapter
+from medllm_pack.weights.merged import Merged
 from medllm_pack.weights.needed import Role
-from medllm_pack.weights.safetensors import Checkpoint
 from medllm_pack.weights.sources import LocalCopy, parse_source
 
 

@@ -23,7 +23,8 @@ from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import Recipe
 from medllm_pack.tables import problems_of
-from medllm_pack.weights import lora
+from medllm_pack.weights.adapter_config import CONFIG as ADAPTER_CONFIG
+from medllm_pack.weights.checkpoint import INDEX
 from medllm_pack.weights.sources import LocalCopy, parse_source
 
 SCHEMA = 1
@@ -34,7 +35,7 @@ Digests = Mapping[str, tuple[int, str]]
 
 # Small files that decide what comes out; weights are digested while they are read.
 _USED = ("config.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
-         "model.safetensors.index.json", lora.CONFIG)  # fmt: skip
+         INDEX, ADAPTER_CONFIG)  # fmt: skip
 
 
 def describe(plan: Plan, *, inputs: Digests, digests: Digests) -> Document:

@@ -27,7 +27,7 @@ from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.progress import Reporter
 from medllm_pack.quant.importance import Importance, read_importance
 from medllm_pack.recipe import Recipe
-from medllm_pack.weights.lora import AdapterConfig
+from medllm_pack.weights.adapter_config import AdapterConfig
 
 
 @dataclass(frozen=True)

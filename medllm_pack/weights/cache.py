@@ -22,6 +22,7 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.errors import MedllmError, SourceError, shown
+from medllm_pack.weights.checkpoint import INDEX, SINGLE
 from medllm_pack.weights.needed import (
     SMALL_LIMIT,
     Role,
@@ -30,7 +31,6 @@ from medllm_pack.weights.needed import (
     is_small,
     weight_names,
 )
-from medllm_pack.weights.safetensors import INDEX, SINGLE
 from medllm_pack.weights.sources import LocalFile, regular_file
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -17,6 +17,7 @@ from medllm_pack.errors import SourceError
 from medllm_pack.progress import Reporter
 from medllm_pack.weights.answers import Address, Patience
 from medllm_pack.weights.cache import Cache, Item
+from medllm_pack.weights.checkpoint import INDEX, SINGLE
 from medllm_pack.weights.download import bring
 from medllm_pack.weights.listing import UnreachableError, item_of, list_files
 from medllm_pack.weights.needed import (
@@ -27,7 +28,6 @@ from medllm_pack.weights.needed import (
     listed,
     weight_names,
 )
-from medllm_pack.weights.safetensors import INDEX, SINGLE
 from medllm_pack.weights.sources import LocalCopy, LocalFile, Source, by_name, from_folder
 
 

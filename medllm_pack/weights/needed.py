@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from medllm_pack.errors import SourceError, shown
-from medllm_pack.weights import lora
-from medllm_pack.weights.safetensors import INDEX, SINGLE, read_index
+from medllm_pack.weights.adapter_config import CONFIG as ADAPTER_CONFIG
+from medllm_pack.weights.checkpoint import INDEX, SINGLE, read_index
+from medllm_pack.weights.lora import WEIGHTS as ADAPTER_WEIGHTS
 
 # "license": only the texts of a repository whose weights are not read.
 Role = Literal["base", "merged", "adapter", "license"]
@@ -42,12 +43,12 @@ def has_model(role: Role) -> bool:
 
 def config_name(role: Role) -> str:
     """Return the name of the file that says how the weights are meant."""
-    return lora.CONFIG if role == "adapter" else _CONFIG
+    return ADAPTER_CONFIG if role == "adapter" else _CONFIG
 
 
 def is_small(name: str, role: Role) -> bool:
     """Say whether a file other than the weights is needed."""
-    if name == lora.CONFIG:
+    if name == ADAPTER_CONFIG:
         return role == "adapter"
     if name in _SMALL:
         return role != "license"
@@ -79,11 +80,11 @@ def check_names(names: Collection[str], role: Role, where: str) -> None:
     """
     if role == "license":
         return
-    adapter, model = lora.WEIGHTS in names, SINGLE in names or INDEX in names
+    adapter, model = ADAPTER_WEIGHTS in names, SINGLE in names or INDEX in names
     if role == "adapter" and not adapter:
         if model:
             raise SourceError(f"{where} is a whole model, no adapter; use --merged or --base")
-        raise _no_weights(names, where, lora.WEIGHTS)
+        raise _no_weights(names, where, ADAPTER_WEIGHTS)
     if role != "adapter" and not model:
         if adapter:
             raise SourceError(f"{where} is an adapter, no whole model; use --adapter")
@@ -126,7 +127,7 @@ def weight_names(
     if role == "license":
         return ()
     if role == "adapter":
-        return (lora.WEIGHTS,)
+        return (ADAPTER_WEIGHTS,)
     # The order of transformers: the single file wins, and the shards beside it are left alone.
     if SINGLE in names:
         return (SINGLE,)

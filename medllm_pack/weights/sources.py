@@ -20,6 +20,7 @@ from typing import Literal
 
 from medllm_pack import resources
 from medllm_pack.errors import SourceError, UsageError, shown
+from medllm_pack.weights.checkpoint import INDEX
 from medllm_pack.weights.needed import (
     Role,
     check_names,
@@ -28,7 +29,6 @@ from medllm_pack.weights.needed import (
     listed,
     weight_names,
 )
-from medllm_pack.weights.safetensors import INDEX
 
 Kind = Literal["folder", "hub", "builtin"]
 
