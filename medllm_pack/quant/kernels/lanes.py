@@ -167,7 +167,8 @@ def _define_operators() -> None:
             for op in ops:
                 _define(op, _pairs(vector, vector), lambda b, x, y, n=name: getattr(b, n)(x, y))
     _define(operator.and_, _pairs(_MASK, _MASK), lambda b, x, y: b.and_(x, y))
-    _define(operator.or_, _pairs(_MASK, _MASK), lambda b, x, y: b.or_(x, y))
+    for op in (operator.or_, operator.ior):
+        _define(op, _pairs(_MASK, _MASK), lambda b, x, y: b.or_(x, y))
     _define(operator.invert, [signature(_MASK, _MASK)], lambda b, x: b.not_(x))
     _define(operator.neg, [signature(_FLOATS, _FLOATS)], lambda b, x: b.fneg(x))
     for rows in (_FLOAT_ROWS, _INT_ROWS):
@@ -230,6 +231,11 @@ def magnitude(x: Floats) -> Floats:
 
 def root(x: Floats) -> Floats:
     """Return ``sqrtf(x)``."""
+    raise NotImplementedError
+
+
+def rounded(x: Floats) -> Floats:
+    """Return ``rintf(x)``: the nearest whole number, ties to even."""
     raise NotImplementedError
 
 
@@ -332,6 +338,7 @@ def _define_functions() -> None:
     _define(any_lane, [signature(types.boolean, _MASK)], _any_lane)
     _define(magnitude, [signature(_FLOATS, _FLOATS)], lambda b, x: _call(b, "fabs", x))
     _define(root, [signature(_FLOATS, _FLOATS)], lambda b, x: _call(b, "sqrt", x))
+    _define(rounded, [signature(_FLOATS, _FLOATS)], lambda b, x: _call(b, "rint", x))
     _define(truncated, [signature(_INTS, _FLOATS)], lambda b, x: b.fptosi(x, _INTS.llvm))
     _define(as_floats, [signature(_FLOATS, _INTS)], lambda b, x: b.sitofp(x, _FLOATS.llvm))
     _define(bits_of, [signature(_INTS, _FLOATS)], lambda b, x: b.bitcast(x, _INTS.llvm))

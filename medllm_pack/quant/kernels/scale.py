@@ -71,7 +71,7 @@ def _q6_k(x: FloatRows, weights: FloatRows, quants: IntRows, words: IntRows) -> 
     scales, inverses = float_rows(16), float_rows(16)
     largest, extreme = floats(0.0), floats(0.0)
     for j in range(16):
-        scale, inverse = signed_scale(x, weights, 16 * j, 16, 32, _Q6_TRIES)
+        scale, inverse = signed_scale(x, weights, 16 * j, 16, 32, _Q6_TRIES, True)
         scales[j], inverses[j] = scale, inverse
         size = magnitude(scale)
         larger = size > largest
@@ -219,8 +219,8 @@ def q3_k_weighted(rows: int, importance: int, period: int, out: int, blocks: int
             for i in range(16):
                 total += weights[16 * j + i]
             totals[j] = total
-            scales[j], inverses[j] = signed_scale(x, weights, 16 * j, 16, 4, _Q3_TRIES)
-        scale, inverse = signed_scale(scales, totals, 0, 16, 32, _Q6_TRIES)
+            scales[j], inverses[j] = signed_scale(x, weights, 16 * j, 16, 4, _Q3_TRIES, True)
+        scale, inverse = signed_scale(scales, totals, 0, 16, 32, _Q6_TRIES, False)
         d = to_half(scale)
         wide_d = from_half(d)
         signed_levels(scales, 0, 16, inverse, 32, scale_levels)

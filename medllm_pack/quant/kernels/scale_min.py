@@ -23,15 +23,14 @@ from medllm_pack.quant.kernels.lanes import (
     root,
     select,
 )
+from medllm_pack.quant.kernels.pairs import PAIR, levels, scales_and_mins
 from medllm_pack.quant.kernels.search import (
     between,
     from_half,
-    levels,
     load,
     nearest,
     pack_pairs,
     positive_scale,
-    scale_and_min,
     scale_tries,
     store,
     to_half,
@@ -116,10 +115,12 @@ def _q45_k(
         average = root(sum_x2 / 32.0)
         for i in range(start, start + 32):
             weights[i] = average + magnitude(x[i])
-        found = scale_and_min(x, weights, start, 32, top, numerators, False)
-        scales[j], mins[j], inverses[j], lows[j] = found
-        max_scale = select(found[0] > max_scale, found[0], max_scale)
-        max_min = select(found[1] > max_min, found[1], max_min)
+    found = scales, mins, inverses, lows
+    for j in range(0, 8, PAIR):
+        scales_and_mins(x, weights, 32 * j, 32, top, numerators, False, found, j)
+    for j in range(8):
+        max_scale = select(scales[j] > max_scale, scales[j], max_scale)
+        max_min = select(mins[j] > max_min, mins[j], max_min)
     inverse_scale = select(max_scale > 0.0, 63.0 / max_scale, 0.0)
     inverse_min = select(max_min > 0.0, 63.0 / max_min, 0.0)
     for j in range(8):
@@ -158,8 +159,9 @@ def _q45_k_weighted(
             weights[i] = weights[i] * root(sigma2 + x[i] * x[i])
             total += weights[i]
         totals[j] = total
-        found = scale_and_min(x, weights, start, 32, top, numerators, False)
-        scales[j], mins[j], inverses[j], lows[j] = found
+    found = scales, mins, inverses, lows
+    for j in range(0, 8, PAIR):
+        scales_and_mins(x, weights, 32 * j, 32, top, numerators, False, found, j)
     d = to_half(positive_scale(scales, 8, totals, 63, _SCALE_6_TRIES, scale_levels))
     m = to_half(positive_scale(mins, 8, totals, 63, _SCALE_6_TRIES, min_levels))
     if top == 31:
@@ -257,16 +259,17 @@ def q2_k(rows: int, importance: int, period: int, out: int, blocks: int) -> None
     """``quantize_row_q2_K_ref``."""
     x, quants, words, weights = float_rows(256), int_rows(256), int_rows(32), float_rows(256)
     scales, mins, inverses, lows = float_rows(16), float_rows(16), float_rows(16), float_rows(16)
+    found = scales, mins, inverses, lows
     for first in range(0, blocks, WIDTH):
         load(x, 256, rows, first, blocks, blocks)
         for i in range(256):
             weights[i] = magnitude(x[i])
         max_scale, max_min = floats(0.0), floats(0.0)
+        for j in range(0, 16, PAIR):
+            scales_and_mins(x, weights, 16 * j, 16, 3, _Q2_TRIES, True, found, j)
         for j in range(16):
-            found = scale_and_min(x, weights, 16 * j, 16, 3, _Q2_TRIES, True)
-            scales[j], mins[j], inverses[j], lows[j] = found
-            max_scale = select(found[0] > max_scale, found[0], max_scale)
-            max_min = select(found[1] > max_min, found[1], max_min)
+            max_scale = select(scales[j] > max_scale, scales[j], max_scale)
+            max_min = select(mins[j] > max_min, mins[j], max_min)
         some_scale, some_min = max_scale > 0.0, max_min > 0.0
         inverse_scale, inverse_min = 15.0 / max_scale, 15.0 / max_min
         for j in range(4):
@@ -287,6 +290,7 @@ def q2_k_weighted(rows: int, importance: int, period: int, out: int, blocks: int
     x, quants, words, weights = float_rows(256), int_rows(256), int_rows(32), float_rows(256)
     scales, mins, inverses, lows = float_rows(16), float_rows(16), float_rows(16), float_rows(16)
     totals, scale_levels, min_levels = float_rows(16), int_rows(16), int_rows(16)
+    found = scales, mins, inverses, lows
     for first in range(0, blocks, WIDTH):
         load(x, 256, rows, first, blocks, blocks)
         load(weights, 256, importance, first, blocks, period)
@@ -300,8 +304,8 @@ def q2_k_weighted(rows: int, importance: int, period: int, out: int, blocks: int
                 weights[i] = weights[i] * root(sigma2 + x[i] * x[i])
                 total += weights[i]
             totals[j] = total
-            found = scale_and_min(x, weights, 16 * j, 16, 3, _FINE_2_TRIES, False)
-            scales[j], mins[j], inverses[j], lows[j] = found
+        for j in range(0, 16, PAIR):
+            scales_and_mins(x, weights, 16 * j, 16, 3, _FINE_2_TRIES, False, found, j)
         d = to_half(positive_scale(scales, 16, totals, 15, _SCALE_4_TRIES, scale_levels))
         m = to_half(positive_scale(mins, 16, totals, 15, _SCALE_4_TRIES, min_levels))
         for j in range(4):

@@ -28,6 +28,7 @@ from medllm_pack.quant.kernels.lanes import (
     int_rows,
     ints,
     magnitude,
+    rounded,
     select,
     transpose_in,
     transpose_out,
@@ -79,6 +80,13 @@ def level(x: Floats, low: int, high: int) -> Floats:
 
 
 @inline
+def tame_level(x: Floats, low: int, high: int) -> Floats:
+    """:func:`level` of what is below 2**22 in size; there, clamping may come before rounding."""
+    x = select(x > float(low), x, float(low))
+    return rounded(select(x < float(high), x, float(high)))
+
+
+@inline
 def to_half(x: Floats) -> Ints:
     """``GGML_FP32_TO_FP16``: the 16 bits of the nearest half, ties to even."""
     base = (magnitude(x) * 2.0**112) * 2.0**-110
@@ -121,91 +129,6 @@ def store(words: IntRows, size: int, out: int, stride: int, first: int, blocks: 
 
 
 @inline
-def scale_and_min(
-    x: FloatRows,
-    weights: FloatRows,
-    start: int,
-    count: int,
-    top: int,
-    numerators: NDArray[np.float32],
-    absolute: bool,
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """``make_qkx2_quants``, which with its weights given is ``make_qkx3_quants`` too.
-
-    Returns:
-        The scale and the (negated) minimum; the inverse scale and the minimum of the best levels.
-    """
-    trial = float_rows(32)
-    low = x[start]
-    high = low
-    sum_w = weights[start]
-    sum_x = sum_w * low
-    for i in range(1, count):
-        value = x[start + i]
-        low = select(value < low, value, low)
-        high = select(value > high, value, high)
-        w = weights[start + i]
-        sum_w += w
-        sum_x += w * value
-    low = select(low > 0.0, 0.0, low)
-    flat = high <= low
-    flat_min = -low
-    inverse = float(top) / (high - low)
-    scale = 1.0 / inverse
-    best = floats(0.0)
-    for i in range(count):
-        value = x[start + i]
-        diff = scale * level(inverse * (value - low), 0, top) + low - value
-        diff = magnitude(diff) if absolute else diff * diff
-        best += weights[start + i] * diff
-    best_inverse = inverse
-    best_low = low
-    for k in range(numerators.size):
-        inverse = numerators[k] / (high - low)
-        sum_l = floats(0.0)
-        sum_l2 = floats(0.0)
-        sum_xl = floats(0.0)
-        for i in range(count):
-            value = x[start + i]
-            q = level(inverse * (value - low), 0, top)
-            trial[i] = q
-            wq = weights[start + i] * q
-            sum_l += wq
-            sum_l2 += wq * q
-            sum_xl += wq * value
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        positive = this_low > 0.0
-        this_scale = select(positive, sum_xl / sum_l2, this_scale)
-        this_low = select(positive, 0.0, this_low)
-        error = floats(0.0)
-        for i in range(count):
-            diff = this_scale * trial[i] + this_low - x[start + i]
-            diff = magnitude(diff) if absolute else diff * diff
-            error += weights[start + i] * diff
-        better = (determinant > 0.0) & (error < best)
-        best_inverse = select(better, inverse, best_inverse)
-        best_low = select(better, low, best_low)
-        best = select(better, error, best)
-        scale = select(better, this_scale, scale)
-        # The next try measures from the new minimum.
-        low = select(better, this_low, low)
-    return (
-        select(flat, 0.0, scale),
-        select(flat, flat_min, -low),
-        select(flat, 0.0, best_inverse),
-        best_low,
-    )
-
-
-@inline
-def levels(x: Floats, inverse: Floats, low: Floats, top: int) -> Ints:
-    """Return the levels of a sub-block for what :func:`scale_and_min` found."""
-    return between(nearest(inverse * (x - low)), 0, top)
-
-
-@inline
 def signed_scale(
     x: FloatRows,
     weights: FloatRows,
@@ -213,8 +136,12 @@ def signed_scale(
     count: int,
     top: int,
     numerators: NDArray[np.float32],
+    tame: bool,
 ) -> tuple[Floats, Floats]:
     """``make_qx_quants`` with its weights given, or x squared as ``rmse_type`` 1 says.
+
+    ``tame`` says that x is finite. No level is wild then: the inverse scale times the largest is
+    about ``top``, and a block whose largest is too small for that is all zero in the end.
 
     Returns:
         The scale; the inverse scale of the best levels.
@@ -225,7 +152,8 @@ def signed_scale(
     sum_lx, sum_l2 = floats(0.0), floats(0.0)
     for i in range(count):
         value, w = x[start + i], weights[start + i]
-        q = level(inverse * value, -top, top - 1)
+        scaled = inverse * value
+        q = tame_level(scaled, -top, top - 1) if tame else level(scaled, -top, top - 1)
         weighted[i] = w * value
         sum_lx += weighted[i] * q
         sum_l2 += w * q * q
@@ -236,7 +164,8 @@ def signed_scale(
         inverse = numerators[k] / extreme
         sum_lx, sum_l2 = floats(0.0), floats(0.0)
         for i in range(count):
-            q = level(inverse * x[start + i], -top, top - 1)
+            scaled = inverse * x[start + i]
+            q = tame_level(scaled, -top, top - 1) if tame else level(scaled, -top, top - 1)
             sum_lx += weighted[i] * q
             sum_l2 += weights[start + i] * q * q
         better = (sum_l2 > 0.0) & (sum_lx * sum_lx > best * sum_l2)

@@ -30,13 +30,12 @@ from medllm_pack.quant.kernels.lanes import (
     transpose_in,
     truncated,
 )
+from medllm_pack.quant.kernels.pairs import PAIR, levels, scales_and_mins
 from medllm_pack.quant.kernels.search import (
     as_int8,
     largest_of,
-    levels,
     load,
     pack_bytes,
-    scale_and_min,
     scale_tries,
     signed_levels,
     signed_scale,
@@ -223,6 +222,7 @@ def _mean_square(x: FloatRows, rows: int, columns: int, first: int, count: int) 
 def _load_weighted(
     x: FloatRows,
     weights: FloatRows,
+    at: int,
     sigma2: Floats,
     rows: int,
     importance: int,
@@ -233,29 +233,49 @@ def _load_weighted(
 ) -> None:
     """Load 32 columns of ``WIDTH`` rows, and their weights."""
     for i in range(0, 32, WIDTH):
-        at = 4 * (start + i)
-        transpose_in(x, i, rows + at, 4 * columns, first, count - 1, count)
+        place = rows + 4 * (start + i)
+        transpose_in(x, at + i, place, 4 * columns, first, count - 1, count)
     for i in range(32):
-        weights[i] = spread(importance + 4 * (start + i)) * root(sigma2 + x[i] * x[i])
+        value = x[at + i]
+        weights[at + i] = spread(importance + 4 * (start + i)) * root(sigma2 + value * value)
 
 
 @inline
 def _signed(
     x: FloatRows, weights: FloatRows, quants: IntRows, top: int, numerators: NDArray[np.float32]
 ) -> Ints:
-    scale, inverse = signed_scale(x, weights, 0, 32, top, numerators)
+    scale, inverse = signed_scale(x, weights, 0, 32, top, numerators, True)
     signed_levels(x, 0, 32, inverse, top, quants)
     return to_half(scale)
 
 
 @inline
+def _load_pair(
+    x: FloatRows,
+    weights: FloatRows,
+    sigma2: Floats,
+    rows: int,
+    importance: int,
+    columns: int,
+    j: int,
+    first: int,
+    count: int,
+) -> None:
+    """Load blocks ``j`` and ``j`` + 1 of ``WIDTH`` rows; the last one twice if it is alone."""
+    for s in range(PAIR):
+        start = 32 * min(j + s, columns // 32 - 1)
+        _load_weighted(x, weights, 32 * s, sigma2, rows, importance, columns, start, first, count)
+
+
+@inline
 def _with_min(
-    x: FloatRows, weights: FloatRows, quants: IntRows, top: int, numerators: NDArray[np.float32]
+    x: FloatRows, quants: IntRows, top: int, found: tuple[FloatRows, ...], s: int
 ) -> tuple[Ints, Ints]:
-    scale, minimum, inverse, low = scale_and_min(x, weights, 0, 32, top, numerators, False)
+    """Fill in the levels of a block; return the scale and the minimum as halves."""
+    scales, mins, inverses, lows = found
     for i in range(32):
-        quants[i] = levels(x[i], inverse, low, top)
-    return to_half(scale), to_half(-minimum)
+        quants[i] = levels(x[32 * s + i], inverses[s], lows[s], top)
+    return to_half(scales[s]), to_half(-mins[s])
 
 
 @kernel
@@ -267,7 +287,7 @@ def q4_0_weighted(rows: int, importance: int, period: int, out: int, blocks: int
     for first in range(0, count, WIDTH):
         sigma2 = _mean_square(x, rows, columns, first, count)
         for j in range(period):
-            _load_weighted(x, weights, sigma2, rows, importance, columns, 32 * j, first, count)
+            _load_weighted(x, weights, 0, sigma2, rows, importance, columns, 32 * j, first, count)
             d = _signed(x, weights, quants, 8, _Q4_0_TRIES)
             _pack_4(d, quants, packed, words)
             store(words, 18, out + 18 * j, 18 * period, first, count)
@@ -282,7 +302,7 @@ def q5_0_weighted(rows: int, importance: int, period: int, out: int, blocks: int
     for first in range(0, count, WIDTH):
         sigma2 = _mean_square(x, rows, columns, first, count)
         for j in range(period):
-            _load_weighted(x, weights, sigma2, rows, importance, columns, 32 * j, first, count)
+            _load_weighted(x, weights, 0, sigma2, rows, importance, columns, 32 * j, first, count)
             d = _signed(x, weights, quants, 16, _Q5_0_TRIES)
             _pack_5(d, quants, packed, words)
             store(words, 22, out + 22 * j, 22 * period, first, count)
@@ -291,28 +311,34 @@ def q5_0_weighted(rows: int, importance: int, period: int, out: int, blocks: int
 @kernel
 def q4_1_weighted(rows: int, importance: int, period: int, out: int, blocks: int) -> None:
     """``quantize_row_q4_1_impl``."""
-    x, weights, quants = float_rows(32), float_rows(32), int_rows(32)
+    x, weights, quants = float_rows(64), float_rows(64), int_rows(32)
     packed, words = int_rows(24), int_rows(16)
+    found = float_rows(2), float_rows(2), float_rows(2), float_rows(2)
     count, columns = blocks // period, 32 * period
     for first in range(0, count, WIDTH):
         sigma2 = _mean_square(x, rows, columns, first, count)
-        for j in range(period):
-            _load_weighted(x, weights, sigma2, rows, importance, columns, 32 * j, first, count)
-            d, m = _with_min(x, weights, quants, 15, _Q4_1_TRIES)
-            _pack_4_min(d, m, quants, packed, words)
-            store(words, 20, out + 20 * j, 20 * period, first, count)
+        for j in range(0, period, PAIR):
+            _load_pair(x, weights, sigma2, rows, importance, columns, j, first, count)
+            scales_and_mins(x, weights, 0, 32, 15, _Q4_1_TRIES, False, found, 0)
+            for s in range(min(PAIR, period - j)):
+                d, m = _with_min(x, quants, 15, found, s)
+                _pack_4_min(d, m, quants, packed, words)
+                store(words, 20, out + 20 * (j + s), 20 * period, first, count)
 
 
 @kernel
 def q5_1_weighted(rows: int, importance: int, period: int, out: int, blocks: int) -> None:
     """``quantize_row_q5_1_impl``."""
-    x, weights, quants = float_rows(32), float_rows(32), int_rows(32)
+    x, weights, quants = float_rows(64), float_rows(64), int_rows(32)
     packed, words = int_rows(24), int_rows(16)
+    found = float_rows(2), float_rows(2), float_rows(2), float_rows(2)
     count, columns = blocks // period, 32 * period
     for first in range(0, count, WIDTH):
         sigma2 = _mean_square(x, rows, columns, first, count)
-        for j in range(period):
-            _load_weighted(x, weights, sigma2, rows, importance, columns, 32 * j, first, count)
-            d, m = _with_min(x, weights, quants, 31, _Q5_1_TRIES)
-            _pack_5_min(d, m, quants, packed, words)
-            store(words, 24, out + 24 * j, 24 * period, first, count)
+        for j in range(0, period, PAIR):
+            _load_pair(x, weights, sigma2, rows, importance, columns, j, first, count)
+            scales_and_mins(x, weights, 0, 32, 31, _Q5_1_TRIES, False, found, 0)
+            for s in range(min(PAIR, period - j)):
+                d, m = _with_min(x, quants, 31, found, s)
+                _pack_5_min(d, m, quants, packed, words)
+                store(words, 24, out + 24 * (j + s), 24 * period, first, count)
