@@ -20,7 +20,7 @@ from medllm_pack.limit_tables import RecipeLimits
 from medllm_pack.limits import unknown_variants
 from medllm_pack.tables import Table, parse_table
 
-_FOLDER = "quant_recipes/models"
+FOLDER = "quant_recipes/models"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,95}"
 
 Text = Annotated[str, Field(min_length=1)]
@@ -144,7 +144,7 @@ class Recipe(Table):
 
 def recipe_names() -> tuple[str, ...]:
     """Return the names of the shipped recipes."""
-    return tuple(sorted(path.stem for path in resources.folder(_FOLDER).glob("*.toml")))
+    return tuple(sorted(path.stem for path in resources.folder(FOLDER).glob("*.toml")))
 
 
 def recipe_path(name: str) -> Path:
@@ -154,7 +154,7 @@ def recipe_path(name: str) -> Path:
         UsageError: if there is neither.
     """
     if name in recipe_names():
-        return resources.folder(_FOLDER) / f"{name}.toml"
+        return resources.folder(FOLDER) / f"{name}.toml"
     path = Path(name).expanduser()
     if path.suffix == ".toml":
         return path

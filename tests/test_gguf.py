@@ -364,6 +364,9 @@ def test_rows_without_a_token_are_marked_unused(tmp_path: Path, tokenizer: bytes
         (321, {"added_tokens": {"x": -1}}, "has the id"),
         (321, {"added_tokens": {"x": "1"}}, "has the id"),
         (321, {"tokenizer_config": {"added_tokens_decoder": {"1": {}}}}, "has no text"),
+        (321, {"tokenizer_config": {"added_tokens_decoder": [1]}}, "is no table"),
+        (321, {"tokenizer": {"added_tokens": {"a": 1}}}, "no list"),
+        (321, {"tokenizer": {"added_tokens": ["a"]}}, "has no text"),
         (321, {"tokenizer_config": []}, "not a JSON object"),
     ],
 )
@@ -383,3 +386,53 @@ def test_file_that_is_no_sentencepiece_model_is_refused(tmp_path: Path, data: by
 def test_missing_tokenizer_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(VocabularyError, match=r"no tokenizer\.model"):
         read_vocabulary({}, rows=320)
+
+
+def test_tokens_that_only_tokenizer_json_adds_take_their_rows(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    """transformers 5 writes no added_tokens_decoder; what is a piece as well stays a piece."""
+    added = [
+        {"id": 1, "content": "<s>", "special": True},
+        {"id": 320, "content": "<|im_end|>", "special": True},
+        {"id": 321, "content": "▁anamnese", "special": False},
+        {"id": 400, "content": "<longe>", "special": False},
+    ]
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    files = write_tokenizer(
+        tmp_path / "t", tokenizer, tokenizer={"added_tokens": added}, tokenizer_config=config
+    )
+    vocabulary = read_vocabulary(files, rows=322)
+    assert vocabulary.tokens[320:] == ("<|im_end|>", " anamnese")
+    assert vocabulary.types[320:] == (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    assert vocabulary.scores[1] == 0.0
+    assert dict(vocabulary.special) == {"bos": 1, "eos": 320, "unknown": 0, "padding": 320}
+    assert any("'<longe>' (id 400) has no row" in notice for notice in vocabulary.notices)
+    assert any("eos_token is '<|im_end|>' (id 320)" in notice for notice in vocabulary.notices)
+
+
+def test_end_of_text_is_what_the_configuration_names(tmp_path: Path, tokenizer: bytes) -> None:
+    """As llama.cpp's converter takes it: a chat model ends its turns with a token of its own."""
+    config = {"eos_token": {"content": "<|end|>"}, "bos_token": "<nowhere>"}
+    paths = write_tokenizer(
+        tmp_path / "t", tokenizer, added_tokens={"<|end|>": 320}, tokenizer_config=config
+    )
+    vocabulary = read_vocabulary(paths, rows=321)
+    assert (vocabulary.special["bos"], vocabulary.special["eos"]) == (1, 320)
+    assert any("'<nowhere>' as bos_token" in notice for notice in vocabulary.notices)
+
+
+@pytest.mark.parametrize(
+    ("fast", "message"),
+    [
+        ({"decoder": {"type": "ByteLevel"}}, "Llama 3 and Qwen.*convert_hf_to_gguf"),
+        ({"decoder": {"type": "Fuse"}}, "tokenizer.json alone, which is what transformers 5"),
+    ],
+)
+def test_fast_tokenizer_without_a_model_says_what_it_is(
+    tmp_path: Path, fast: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fast))
+    with pytest.raises(VocabularyError, match=message):
+        read_vocabulary({path.name: path}, rows=320)

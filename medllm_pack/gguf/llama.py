@@ -48,6 +48,8 @@ _IGNORED = re.compile(
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq\Z"
 )
 
+OTHERS = "llama.cpp's convert_hf_to_gguf.py converts other models, after PEFT's merge"
+
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LLaMAForCausalLM")
 
 
@@ -109,7 +111,7 @@ def parse_config(document: Mapping[str, Any]) -> LlamaConfig:
     if name not in _ARCHITECTURES:
         raise CheckpointError(
             f"config.json describes {shown(name)}; LLaMA-2 and Mistral shapes are packed "
-            f"({', '.join(_ARCHITECTURES[:2])})"
+            f"({', '.join(_ARCHITECTURES[:2])}). {OTHERS}"
         )
     for fact in _refusals(document):
         raise CheckpointError(f"config.json: {fact}")
@@ -219,7 +221,10 @@ def _refusals(document: Mapping[str, Any]) -> Iterator[str]:
     if "auto_map" in document:
         yield "it asks for code of its own (auto_map), which is never run here"
     if document.get("quantization_config"):
-        yield "the weights are quantized (quantization_config); dequantize them first"
+        yield (
+            "the weights are quantized (quantization_config); name the 16-bit model that they "
+            "were made from, or dequantize them"
+        )
     if document.get("hidden_act", "silu") != "silu":
         yield f"hidden_act is {shown(document['hidden_act'])}; llama.cpp's llama has silu"
     for key in ("attention_bias", "mlp_bias"):
@@ -239,7 +244,8 @@ def _rope(document: Mapping[str, Any]) -> tuple[float, float | None]:
     factor = parameters.get("factor") if kind == "linear" else None
     if kind not in ("default", "linear", None):
         raise CheckpointError(
-            f"config.json: rope scaling of type {shown(kind)} is not packed; linear scaling is"
+            f"config.json: rope scaling of type {shown(kind)} is not packed, linear scaling is. "
+            f"{OTHERS}"
         )
     if factor is not None:
         factor = _positive(factor, "rope factor")

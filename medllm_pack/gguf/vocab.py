@@ -3,12 +3,12 @@
 The rule for vocabularies of different sizes, stated once: the rows of the embedding decide. Ids
 the tokenizer does not know become unused ``[PADn]`` tokens; added tokens take their ids; an added
 token without a row is left out with a notice; pieces without a row are an error. The arrays equal
-those of llama.cpp's ``_create_vocab_sentencepiece``. Knows nothing of weights.
+those of llama.cpp's ``_create_vocab_sentencepiece``, with one thing more: added tokens that only
+tokenizer.json names, where llama.cpp does not look for them. Knows nothing of weights.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +19,22 @@ from gguf import GGUFValueType, Keys, TokenType
 
 from medllm_pack.errors import VocabularyError, shown
 from medllm_pack.files import read_small
+from medllm_pack.gguf.added import (
+    CONFIG,
+    FAST,
+    MODEL,
+    Added,
+    added_in,
+    decoded,
+    looks_special,
+    no_model,
+    read_json,
+)
 from medllm_pack.gguf.layout import Entry
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-MODEL = "tokenizer.model"
 _PAD_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # llama.cpp's conversion uses these two
 
 
@@ -79,29 +89,17 @@ def read_vocabulary(files: Mapping[str, Path], *, rows: int) -> Vocabulary:
     Raises:
         VocabularyError: if there is no usable tokenizer, or it does not fit the embedding.
     """
+    fast = read_json(files, FAST)
     if MODEL not in files:
-        raise VocabularyError(
-            f"there is no {MODEL}; LLaMA-2 and Mistral checkpoints carry this SentencePiece file. "
-            "Copy it from the base model"
-        )
-    config = _json(files, "tokenizer_config.json")
+        raise VocabularyError(no_model(fast))
+    config = read_json(files, CONFIG)
     table = _Table(rows)
     processor = _load(files[MODEL])
     table.put_pieces(processor)
-    table.put_added(_json(files, "added_tokens.json"), config.get("added_tokens_decoder") or {})
+    table.put_fast(added_in(fast))
+    table.put_added(read_json(files, "added_tokens.json"), config.get("added_tokens_decoder") or {})
     table.check()
-    special = {
-        role: id_
-        for role, id_ in (
-            ("bos", processor.bos_id()),
-            ("eos", processor.eos_id()),
-            ("unknown", processor.unk_id()),
-        )
-        if id_ >= 0
-    }
-    pad = table.find(_token_text(config.get("pad_token")))
-    if pad is not None:
-        special["padding"] = pad
+    special = dict(_special(table, processor, config))
     prefix = config.get("add_prefix_space")
     return Vocabulary(
         tokens=tuple(table.tokens),
@@ -113,6 +111,32 @@ def read_vocabulary(files: Mapping[str, Path], *, rows: int) -> Vocabulary:
         add_space_prefix=prefix if isinstance(prefix, bool) else None,
         notices=tuple(table.notices),
     )
+
+
+def _special(
+    table: _Table, processor: SentencePieceProcessor, config: Mapping[str, Any]
+) -> Iterator[tuple[str, int]]:
+    """Yield ids by role: what tokenizer_config.json names, else what the pieces say."""
+    for role, key, own in (
+        ("bos", "bos_token", processor.bos_id()),
+        ("eos", "eos_token", processor.eos_id()),
+        ("unknown", "unk_token", processor.unk_id()),
+        ("padding", "pad_token", -1),
+    ):
+        text = _token_text(config.get(key))
+        id_ = table.find(text)
+        if id_ is None and text and role != "padding":
+            table.notices.append(
+                f"{CONFIG} names {shown(text)} as {key}, which has no row; the one of {MODEL} is "
+                "taken"
+            )
+        elif id_ is not None and own not in (id_, -1):
+            table.notices.append(
+                f"{key} is {shown(text)} (id {id_}), as {CONFIG} says; {MODEL} has id {own}"
+            )
+        id_ = own if id_ is None else id_
+        if id_ >= 0:
+            yield role, id_
 
 
 class _Table:
@@ -141,22 +165,25 @@ class _Table:
                 "ids above the pieces hold added tokens or are marked unused"
             )
 
+    def put_fast(self, entries: list[Added]) -> None:
+        # Those that are pieces as well keep the score and the type of the piece.
+        for id_, text, special in entries:
+            if self._has_row(id_, text) and self.tokens[id_] != text:
+                self._put_entry(id_, text, special)
+
     def put_added(self, added: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
         for text, id_ in added.items():
             if self._has_row(id_, text):
                 self._put(id_, text, TokenType.USER_DEFINED)
-        for key, entry in decoder.items():
-            if not (isinstance(entry, Mapping) and isinstance(entry.get("content"), str)):
-                raise VocabularyError(
-                    f"tokenizer_config.json: added token {shown(key)} has no text"
-                )
-            id_, text = int(key) if key.isdecimal() else -1, entry["content"]
-            if not self._has_row(id_, text):
-                continue
-            if entry.get("special") or _looks_special(text):
-                self._put(id_, text, TokenType.CONTROL)
-            else:
-                self._put(id_, text.replace("▁", " "), TokenType.USER_DEFINED)
+        for id_, text, special in decoded(decoder):
+            if self._has_row(id_, text):
+                self._put_entry(id_, text, special)
+
+    def _put_entry(self, id_: int, text: str, special: bool) -> None:
+        if special or looks_special(text):
+            self._put(id_, text, TokenType.CONTROL)
+        else:
+            self._put(id_, text.replace("▁", " "), TokenType.USER_DEFINED)
 
     def find(self, text: str | None) -> int | None:
         return self.tokens.index(text) if text in self.tokens else None
@@ -184,13 +211,15 @@ class _Table:
     def _has_row(self, id_: Any, text: str) -> bool:
         if type(id_) is not int or id_ < 0:
             raise VocabularyError(f"the added token {shown(text)} has the id {shown(id_)}")
-        if id_ >= len(self.tokens):
-            self.notices.append(
-                f"the added token {shown(text)} (id {id_}) has no row in the embedding of "
-                f"{len(self.tokens)} rows; it is left out"
-            )
-            return False
-        return True
+        if id_ < len(self.tokens):
+            return True
+        notice = (
+            f"the added token {shown(text)} (id {id_}) has no row in the embedding of "
+            f"{len(self.tokens)} rows; it is left out"
+        )
+        if notice not in self.notices:  # several files may name it
+            self.notices.append(notice)
+        return False
 
     def _put(self, id_: int, text: str, kind: TokenType) -> None:
         self.tokens[id_], self.scores[id_], self.types[id_] = text, _ADDED_SCORE, int(kind)
@@ -218,28 +247,6 @@ def _piece_type(processor: SentencePieceProcessor, id_: int) -> int:
     if processor.is_byte(id_):
         return int(TokenType.BYTE)
     return int(TokenType.NORMAL)
-
-
-def _looks_special(text: str) -> bool:
-    # llama.cpp's does_token_look_special: tokens that some models forget to mark.
-    return (
-        text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-        or (text.startswith("<|") and text.endswith("|>"))
-        or (text.startswith("<｜") and text.endswith("｜>"))  # noqa: RUF001
-        or (text.startswith("<unused") and text.endswith(">"))
-    )
-
-
-def _json(files: Mapping[str, Path], name: str) -> Mapping[str, Any]:
-    if name not in files:
-        return {}
-    try:
-        document = json.loads(read_small(files[name]))
-    except (ValueError, RecursionError) as error:
-        raise VocabularyError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(document, Mapping):
-        raise VocabularyError(f"{name} is not a JSON object")
-    return document
 
 
 def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:

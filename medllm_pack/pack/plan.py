@@ -17,6 +17,7 @@ from medllm_pack.gguf.vocab import Vocabulary, read_vocabulary
 from medllm_pack.ollama.modelfile import render
 from medllm_pack.ollama.style import Style
 from medllm_pack.pack import destination, duties, variants
+from medllm_pack.pack.claims import borrowed_name, claims
 from medllm_pack.pack.duties import Duty
 from medllm_pack.pack.expected import deviations
 from medllm_pack.pack.headers import Headers, read_config, read_headers
@@ -144,6 +145,7 @@ def make_plan(request: Request, *, report: Reporter, weights: bool = True) -> Pl
     if recipe.strict:
         problems.found += [f"{fact}; the recipe is strict" for fact in differences]
     vocabulary = problems.need(read_vocabulary, inputs.model_paths, rows=config.vocab)
+    said = problems.attempt(claims, inputs, headers.adapter, vocabulary, style.name) or ()
     texts = tuple(duties.find_duties(recipe, inputs))
     name = recipe.name + ("-custom" if differences else "")
     entries = (*general(name, recipe, config), *llama.metadata(config), *vocabulary.metadata())
@@ -155,8 +157,10 @@ def make_plan(request: Request, *, report: Reporter, weights: bool = True) -> Pl
     for file in planned:
         problems.attempt(_modelfile, style, recipe, texts, file)
     problems.stop_if_any()
+    own = request.adapter is not None or request.merged is not None
     notices = (
-        *inputs.notices, *headers.notices, *vocabulary.notices, *duties.notices(texts)
+        *inputs.notices, *borrowed_name(recipe, request.folder, own=own), *headers.notices, *said,
+        *vocabulary.notices, *duties.notices(texts),
     )  # fmt: skip
     return Plan(
         request, name, inputs, config, vocabulary, headers.adapter, headers.adapter_tensors,

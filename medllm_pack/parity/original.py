@@ -70,6 +70,14 @@ class Original:
         document: dict[str, Any] = json.loads(files.read_small(path)) if path else {}
         return document
 
+    @cached_property
+    def fast_tokens(self) -> list[dict[str, Any]]:
+        """The tokens that tokenizer.json adds; empty if there is none."""
+        path = self.model.get("tokenizer.json")
+        document = json.loads(files.read_small(path, limit=64 << 20)) if path else {}
+        added: list[dict[str, Any]] = document.get("added_tokens") or []
+        return added
+
     def transformers_config(self) -> Any:
         """Return the configuration as transformers reads it."""
         from transformers import AutoConfig

@@ -64,13 +64,26 @@ class Tokenizer:
         self.adds_eos = config.get("add_eos_token") is True
         # SentencePiece always puts the prefix that its model asks for.
         self.comparable = config.get("add_prefix_space") is not False
-        self.added = {int(key) for key in config.get("added_tokens_decoder") or {}}
+        decoder: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
+        self.added = {int(key) for key in decoder}
+        texts = {entry["content"]: int(key) for key, entry in decoder.items()}
+        texts |= {entry["content"]: entry["id"] for entry in original.fast_tokens}
+        self.bos = self._id_of(config.get("bos_token"), texts, self.pieces.bos_id())
+        self.eos = self._id_of(config.get("eos_token"), texts, self.pieces.eos_id())
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS and EOS as the tokenizer adds them."""
         ids: list[int] = self.pieces.encode(text)
-        bos = [self.pieces.bos_id()] if self.adds_bos else []
-        return bos + ids + ([self.pieces.eos_id()] if self.adds_eos else [])
+        bos = [self.bos] if self.adds_bos else []
+        return bos + ids + ([self.eos] if self.adds_eos else [])
+
+    def _id_of(self, token: Any, added: Mapping[str, int], own: int) -> int:
+        """Return the id of a token that the configuration names; the model's own if it does not."""
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if not isinstance(text, str):
+            return own
+        id_ = added.get(text, self.pieces.piece_to_id(text))
+        return own if self.pieces.is_unknown(id_) else id_
 
 
 def check_settings(metadata: Mapping[str, Any], original: Original) -> Check:
@@ -153,5 +166,5 @@ def _expected_flags(tokenizer: Tokenizer) -> Iterator[tuple[str, Any]]:
     yield "tokenizer.ggml.model", "llama"
     yield "tokenizer.ggml.add_bos_token", tokenizer.adds_bos
     yield "tokenizer.ggml.add_eos_token", tokenizer.adds_eos
-    yield "tokenizer.ggml.bos_token_id", tokenizer.pieces.bos_id()
-    yield "tokenizer.ggml.eos_token_id", tokenizer.pieces.eos_id()
+    yield "tokenizer.ggml.bos_token_id", tokenizer.bos
+    yield "tokenizer.ggml.eos_token_id", tokenizer.eos

@@ -9,6 +9,7 @@ Knows nothing of folders, the Hub or its cache. Opens one file, the index of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,13 +28,18 @@ _CONFIG = "config.json"
 _SMALL = frozenset(
     {
         _CONFIG, "generation_config.json", "tokenizer.model", "tokenizer_config.json",
-        "special_tokens_map.json", "added_tokens.json", "README.md",
+        "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "chat_template.jinja",
+        "README.md",
     }
 )  # fmt: skip
+_LIMITS = {"tokenizer.json": 64 << 20}  # Llama 3's has 17 MB: it is read to say what it is
 _LEGAL = ("license", "licence", "notice", "use_policy")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")  # how transformers' Trainer names its folders
 _LISTED = 6  # names in a message
+_ADAPTER_PICKLE = "load it with PEFT, then save_pretrained writes adapter_model.safetensors"
+_MODEL_PICKLE = "load them with transformers, then save_pretrained writes safetensors"
 
 
 def has_model(role: Role) -> bool:
@@ -61,9 +67,10 @@ def _is_plain(name: str) -> bool:
 
 def check_small(name: str, size: int) -> None:
     """Raise SourceError if a file other than weights is larger than such files are."""
-    if not name.endswith((".safetensors", ".gguf")) and size > SMALL_LIMIT:
+    limit = _LIMITS.get(name, SMALL_LIMIT)
+    if not name.endswith((".safetensors", ".gguf")) and size > limit:
         raise SourceError(
-            f"{shown(name)} has {size:,} bytes; at most {SMALL_LIMIT:,} are read from such a file"
+            f"{shown(name)} has {size:,} bytes; at most {limit:,} are read from such a file"
         )
 
 
@@ -84,17 +91,17 @@ def check_names(names: Collection[str], role: Role, where: str) -> None:
     if role == "adapter" and not adapter:
         if model:
             raise SourceError(f"{where} is a whole model, no adapter; use --merged or --base")
-        raise _no_weights(names, where, ADAPTER_WEIGHTS)
+        raise _no_weights(names, where, ADAPTER_WEIGHTS, _ADAPTER_PICKLE)
     if role != "adapter" and not model:
         if adapter:
             raise SourceError(f"{where} is an adapter, no whole model; use --adapter")
-        raise _no_weights(names, where, f"{SINGLE} nor {INDEX}")
+        raise _no_weights(names, where, f"{SINGLE} nor {INDEX}", _MODEL_PICKLE)
     config = config_name(role)
     if config not in names:
         raise SourceError(f"{where} has no {config}; without it the weights cannot be understood")
 
 
-def _no_weights(names: Collection[str], where: str, wanted: str) -> SourceError:
+def _no_weights(names: Collection[str], where: str, wanted: str, convert: str) -> SourceError:
     pickles = sorted(
         name
         for name in names
@@ -104,10 +111,21 @@ def _no_weights(names: Collection[str], where: str, wanted: str) -> SourceError:
         return SourceError(
             f"{where} has its weights only as pickle: {listed(pickles)}. Pickles can run code and "
             "are never opened; ask its author for safetensors, or convert them where nothing can "
-            "be harmed (transformers: save_pretrained with safe_serialization)"
+            f"be harmed ({convert})"
         )
     neither = "neither " if " nor " in wanted else "no "
-    return SourceError(f"{where} has {neither}{wanted}; it holds {listed(sorted(names))}")
+    return SourceError(
+        f"{where} has {neither}{wanted}; it holds {listed(sorted(names))}{_checkpoint_hint(names)}"
+    )
+
+
+def _checkpoint_hint(names: Collection[str]) -> str:
+    """Name the last of a trainer's checkpoints, where the folder above them was given."""
+    found = [match for name in names if (match := _CHECKPOINT.fullmatch(name))]
+    if not found:
+        return ""
+    last = max(found, key=lambda match: int(match[1]))[0]
+    return f". Name one of the checkpoints in it, such as …/{last}"
 
 
 def weight_names(

@@ -129,6 +129,8 @@ def parse_source(text: str, *, relative_to: Path | None = None) -> Source:
     if not text or "\0" in text:
         raise UsageError(f"{shown(text)} names no source: {_BOTH_FORMS}")
     path = _absolute(text, relative_to)
+    if os.path.isfile(path):
+        raise UsageError(f"{shown(text)} is a file; name the folder that it lies in")
     if text.startswith(("./", "../", "/", "~")) or text in {".", ".."} or os.path.isdir(path):
         return Source("folder", path.name or "/", folder=path)
     match = _REPOSITORY.fullmatch(text)
