@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def planned(tmp_path: Path, **sources: Path) -> Plan:
     recipe = pico.write_recipe(tmp_path / "recipe", {})
     request = Request(
-        recipe=load_recipe(recipe), folder=recipe.parent, out=tmp_path / "out", variants=["f16"],
-        **{role: str(path) for role, path in sources.items()},
-    )  # fmt: skip
-    return make_plan(request, report=Silent())
+        recipe=load_recipe(recipe), folder=recipe.parent, out=tmp_path / "out", variants=["f16"]
+    )
+    given: dict[str, Any] = {role: str(path) for role, path in sources.items()}
+    return make_plan(replace(request, **given), report=Silent())
 
 
 def said(plan: Plan, *words: str) -> list[str]:
