@@ -17,7 +17,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
@@ -31,6 +30,7 @@ from medllm_pack.pack.build import build
 from medllm_pack.pack.manifest import read_manifest
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity.jobs import Jobs
+from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Sources, find_original
 from medllm_pack.parity.predictions import measure
 from medllm_pack.parity.reference import compute_logits
@@ -133,23 +133,24 @@ def _look_at(
     manifest = read_manifest(out)
     original = find_original(manifest, model.sources, report=Silent())
     label = f"{model.name}{', matrix' if matrix else ''}"
-    with TemporaryDirectory() as temporary:
-        place, runtime = Path(temporary), Runtime(threads=threads)
+    with Nameless() as place:
+        runtime = Runtime(threads=threads)
         segments = dict(_segments(Tokenizer(original)))
         ids = [one for segment in segments.values() for one in segment]
-        reference = compute_logits(original, ids, folder=place, report=Silent())
+        reference = compute_logits(original, ids, place=place, report=Silent())
         for entry in manifest["variants"]:
             path = out / entry["file"]
             _, errors = check_tensors(path, read_gguf(path), original, Limits(), report=Silent())
             for error in errors:
                 seen = {"rmse": error.rmse, _block(matrix): error.worst}
                 _see(tensors, error.type, seen, label)
-            ours = Jobs(path, original.transformers_config(), runtime).logits(ids, place)
-            at = 0
-            for name, segment in segments.items():
-                part = slice(at, at := at + len(segment))
-                figures = _figures(reference[part], ours[part], segment)
-                _see(variants, entry["quant"], figures, f"{label}, {name}")
+            jobs, at = Jobs(path, original.transformers_config(), runtime), 0
+            with Nameless() as for_variant:
+                ours = jobs.logits(ids, for_variant)
+                for name, segment in segments.items():
+                    part = slice(at, at := at + len(segment))
+                    figures = _figures(reference[part], ours[part], segment)
+                    _see(variants, entry["quant"], figures, f"{label}, {name}")
             print(f"{label}: {entry['quant']}", flush=True)
 
 

@@ -34,6 +34,7 @@ from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.measures import Distance, compare, summarize
+from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.runtime import Runtime
 from medllm_pack.progress import Silent
 from medllm_pack.quant import ggml
@@ -104,15 +105,15 @@ def our_figures(
     files: Mapping[str, Path], sequences: Sequence[Sequence[int]], *, threads: int
 ) -> dict[str, Figures]:
     """Return our figures of each variant against F16, over the second half of each sequence."""
-    with TemporaryDirectory() as temporary:
-        base = _logits(files["f16"], sequences, Path(temporary) / "base", threads)
+    with Nameless() as place:
+        base = _logits(files["f16"], sequences, place, threads)
         return {
             quant: summarize(
                 [
                     _second_half(np.load(p), np.load(q), ids)
                     for p, q, ids in zip(
                         base,
-                        _logits(path, sequences, Path(temporary) / quant, threads),
+                        _logits(path, sequences, place, threads),
                         sequences,
                         strict=True,
                     )  # fmt: skip
@@ -153,11 +154,10 @@ def kernels() -> str:
 
 
 def _logits(
-    path: Path, sequences: Sequence[Sequence[int]], place: Path, threads: int
+    path: Path, sequences: Sequence[Sequence[int]], place: Nameless, threads: int
 ) -> list[Path]:
     from transformers import AutoConfig
 
-    place.mkdir()
     config = AutoConfig.from_pretrained(resources.folder("examples/tiny/base"))
     return Jobs(path, config, Runtime(threads=threads)).logits(sequences, place)
 

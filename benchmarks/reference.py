@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class LayerByLayer:
     def __call__(self) -> None:
         import torch
 
+        from medllm_pack.parity.nameless import Nameless
         from medllm_pack.parity.original import Original
         from medllm_pack.parity.reference import compute_logits
         from medllm_pack.progress import Silent
@@ -48,7 +50,11 @@ class LayerByLayer:
             {path.name: path for path in (self.work / role).iterdir()}
             for role in ("base", "adapter")
         )
-        compute_logits(Original(base, adapter), self.sequences, folder=self.out, report=Silent())
+        original = Original(base, adapter)
+        with Nameless() as place:
+            paths = compute_logits(original, self.sequences, place=place, report=Silent())
+            for i, path in enumerate(paths):
+                shutil.copyfile(path, self.out / f"reference-{i}.npy")
 
 
 @dataclass(frozen=True)

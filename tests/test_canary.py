@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,30 @@ from medllm_pack.parity.original import Sources
 from tests import pico
 from tests.test_build import run, variant
 from tests.test_parity import reseal, token_twice, wrong_rope_base
+from tests.test_worker import children, processor_seconds, wait_for
 
 CANARY = "Paciente Zulmira Quixabeira, prontuário 7734599210, nega alergias a canários."
 WORDS = ("Zulmira", "Quixabeira", "prontuário 7734599210", "alergias a canários")
 # A test that runs in the background of a shell was told to ignore the signal, and so would this.
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from medllm_pack.cli.app import main; main()"
-)
+PROGRAM = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+written = 0
+
+def stop_at_second(event, arguments):  # file without a name that the reference writes
+    global written
+    if event == "open" and str(arguments[0]).startswith("/proc/self/fd/"):
+        written += arguments[1] == "w"
+        if written == 2:
+            written += 1
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+if "STOP" in os.environ:
+    sys.addaudithook(stop_at_second)
+from medllm_pack.cli.app import main
+main()
+"""
 _IDS = 6  # in a row: in another text by chance once in 320^6
 
 
@@ -121,9 +139,10 @@ class Place:
         )  # fmt: skip
 
     def left_behind(self) -> list[Path]:
-        """Return files among temporary ones and at home, and folders of ours."""
-        found = [*self.temporary.rglob("*"), *(self.folder / "home").rglob("*")]
-        return [path for path in found if path.is_file() or "medllm" in path.name]
+        """Return what is left where the command keeps nothing; torch makes a folder."""
+        places = [self.folder / name for name in ("temporary", "home", "work")]
+        found = [path for place in places for path in place.rglob("*")]
+        return [path for path in found if path.is_file() or "torchinductor" not in path.name]
 
     def look(self, said: bytes) -> list[bytes]:
         """Return the traces in all files and in what was said."""
@@ -171,26 +190,82 @@ def test_users_texts_appear_nowhere(
     assert (place.pack / "parity.html").exists()
 
 
-def write_texts(folder: Path, kind: str) -> Path:
-    notes = [CANARY, f"{CANARY} De novo."]
+def write_texts(folder: Path, kind: str, *, times: int = 1) -> Path:
+    notes = [" ".join([CANARY] * times), " ".join([CANARY] * times + ["De novo."])]
     lines = [json.dumps({"text": note}) for note in notes] if kind == "jsonl" else notes
     path = folder / f"own.{kind}"
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def test_interrupted_check_leaves_no_trace_either(place: Place) -> None:
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGABRT, -signal.SIGABRT)],
+)
+def test_check_that_ends_while_the_reference_computes_leaves_no_trace_either(
+    place: Place, how: signal.Signals, code: int, dumps_allowed: None
+) -> None:
     texts = write_texts(place.folder, "txt")
-    with place.start(texts, "-v") as process:
-        while not list(place.temporary.rglob("*.npy")):  # the reference or llama.cpp at work
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+    with place.start(texts, "-v", STOP="1") as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
         out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert place.left_behind() == []
     assert place.look(out + err) == []
     assert not (place.pack / "parity.json").exists()
+
+
+def test_check_that_is_killed_while_llama_cpp_computes_leaves_no_trace_either(place: Place) -> None:
+    texts = write_texts(place.folder, "txt", times=100)
+    with place.start(texts, "-v", "--ctx=4096") as process:
+        # The jobs before the one that writes logits take a third of this.
+        while not (workers := list(workers_at_work(process.pid, seconds=0.8))):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        out, err = process.communicate()
+    wait_for(lambda: not Path(f"/proc/{workers[0]}").exists())
+    assert process.returncode == -signal.SIGKILL
+    assert place.left_behind() == []
+    assert place.look(out + err) == []
+    assert not (place.pack / "parity.json").exists()
+
+
+@pytest.fixture
+def dumps_allowed() -> Iterator[None]:
+    """Let what is started here dump its memory where it ends, as far as this machine allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+
+
+def workers_at_work(parent: int, *, seconds: float) -> Iterator[int]:
+    """Yield workers of a process that have computed for some time."""
+    for pid in children(parent):
+        with suppress(FileNotFoundError):
+            if processor_seconds(pid) > seconds:
+                yield pid
+
+
+def test_process_that_must_not_dump_does_not(tmp_path: Path, dumps_allowed: None) -> None:
+    program = "import os; from medllm_pack.parity.process import *; {}; os.abort()"
+    root = str(Path(__file__).parent.parent)
+    dumped = []
+    for first in ("forbid_dumps()", "pass"):
+        with subprocess.Popen(
+            [sys.executable, "-c", program.format(first)], cwd=tmp_path, env={"PYTHONPATH": root}
+        ) as process:
+            _, status = os.waitpid(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == -signal.SIGABRT
+        dumped.append(os.WCOREDUMP(status))
+    if dumped == [False, False]:
+        pytest.skip("this machine dumps the memory of no process")
+    assert dumped == [False, True]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
+import numpy as np
 import pytest
 
 from medllm_pack.errors import WorkerError
 from medllm_pack.parity import allowance, worker
 from medllm_pack.parity.allowance import LOOK_AT_GPU, Allowance, to_compute, to_read
 from medllm_pack.parity.jobs import Jobs
+from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.runtime import Runtime
 from tests import pico
@@ -48,11 +50,25 @@ def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
 
 
-def logits(file: Path, folder: Path, given: Allowance, *, sequences: int = 1) -> None:
+def logits(file: Path, given: Allowance, target: Path) -> None:
     worker.call(
-        "logits", allowance=given, model=str(file), sequences=[SEQUENCE] * sequences,
-        folder=str(folder), threads=1, gpu_layers=0,
+        "logits", allowance=given, model=str(file), sequences=[SEQUENCE],
+        files=[descriptor(target)], threads=1, gpu_layers=0,
     )  # fmt: skip
+
+
+def work_long(file: Path, given: Allowance) -> None:
+    worker.call(
+        "continue", allowance=given, model=str(file), prompts=[SEQUENCE] * 10_000, tokens=2,
+        threads=1, gpu_layers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def target() -> Iterator[Path]:
+    """A file that a worker may write into."""
+    with Nameless() as place:
+        yield place.new()
 
 
 # --- what it sees
@@ -122,10 +138,9 @@ def test_long_questions_and_answers_pass_each_other() -> None:
     assert len(worker.call("logits", command=program, text="y" * 3000000)["a"]) == 3000000
 
 
-def test_stopped_worker_is_killed_when_its_time_is_over(file: Path, tmp_path: Path) -> None:
-    given = replace(to_read(file), seconds=3, file=MIB)
+def test_stopped_worker_is_killed_when_its_time_is_over(file: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        asked = pool.submit(logits, file, tmp_path, given, sequences=1000)
+        asked = pool.submit(work_long, file, replace(to_read(file), seconds=3))
         pid = wait_for(lambda: next(children(os.getpid()), None))
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerError, match="did not finish within 3 s"):
@@ -133,18 +148,27 @@ def test_stopped_worker_is_killed_when_its_time_is_over(file: Path, tmp_path: Pa
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_worker_ends_with_whoever_asked(file: Path, tmp_path: Path) -> None:
+def test_worker_ends_with_whoever_asked(file: Path) -> None:
     program = (
         "from medllm_pack.parity import worker; from medllm_pack.parity.allowance import *;"
-        f"worker.call('logits', allowance=Allowance(file=1 << 20), model={str(file)!r},"
-        f"sequences=[list(range(1, 251))] * 10000, folder={str(tmp_path)!r}, threads=1,"
-        "gpu_layers=0)"
+        f"worker.call('continue', allowance=Allowance(), model={str(file)!r}, tokens=2,"
+        "prompts=[list(range(1, 251))] * 10000, threads=1, gpu_layers=0)"
     )
     with subprocess.Popen(python(program)) as asking:
         pid = wait_for(lambda: next(children(asking.pid), None))
-        wait_for(lambda: list(tmp_path.glob("*.npy")))  # it is at work
+        wait_for(lambda: processor_seconds(pid) > 1)  # it is at work
         asking.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_worker_whose_parent_ended_before_it_could_ask_for_a_signal_does_nothing() -> None:
+    question = json.dumps({"job": "facts", "arguments": {}, "asked_by": os.getpid() + 1})
+    root = str(Path(__file__).parent.parent)
+    ended = subprocess.run(
+        worker.COMMAND, input=question.encode(), capture_output=True, check=False,
+        env={"PYTHONPATH": root},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
 
 
 def children(parent: int) -> Iterator[int]:
@@ -156,6 +180,12 @@ def children(parent: int) -> Iterator[int]:
             continue
         if int(stat.rpartition(")")[2].split()[1]) == parent and b"parity.worker" in line:
             yield int(path.name)
+
+
+def processor_seconds(pid: int) -> float:
+    """Return how long a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for(look: Callable[[], T | None]) -> T:
@@ -171,13 +201,13 @@ def wait_for(look: Callable[[], T | None]) -> T:
 
 
 def test_too_little_memory_is_an_error_wherever_llama_cpp_meets_it(
-    file: Path, tmp_path: Path
+    file: Path, target: Path
 ) -> None:
     met = []
     for mib in range(80, 1000, 8):
         given = replace(to_read(file), memory=mib * MIB, file=MIB)
         try:
-            logits(file, tmp_path, given)
+            logits(file, given, target)
             break
         except WorkerError as error:
             met.append(str(error))
@@ -194,16 +224,16 @@ def test_context_that_does_not_fit_is_said_with_llama_cpps_reason(file: Path) ->
         )  # fmt: skip
 
 
-def test_processor_time_is_over_by_name(file: Path, tmp_path: Path) -> None:
-    given = replace(to_read(file), processor_seconds=1, file=MIB)
+def test_processor_time_is_over_by_name(file: Path) -> None:
+    given = replace(to_read(file), processor_seconds=1)
     with pytest.raises(WorkerError, match="ended by SIGXCPU: it may use 1 s of processor time"):
-        logits(file, tmp_path, given, sequences=10_000)
+        work_long(file, given)
 
 
-def test_file_that_grows_too_large_is_said(file: Path, tmp_path: Path) -> None:
+def test_file_that_grows_too_large_is_said(file: Path, target: Path) -> None:
     with pytest.raises(WorkerError, match="'logits' could not be written: not all of it"):
-        logits(file, tmp_path, replace(to_read(file), file=1000))
-    assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+        logits(file, replace(to_read(file), file=1000), target)
+    assert target.stat().st_size <= 1000
 
 
 def test_answer_that_grows_too_long_is_cut(file: Path) -> None:
@@ -224,7 +254,7 @@ def test_refused_file_is_said_with_llama_cpps_reason_and_no_folder(
 
 @pytest.mark.parametrize("tokens", [0, 8])
 def test_sound_files_need_less_than_half_of_what_they_may_take(
-    file: Path, tmp_path: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+    file: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(allowance, "_BASE", allowance._BASE // 2)
     monkeypatch.setattr(allowance, "_ROOM", 1)
@@ -233,7 +263,9 @@ def test_sound_files_need_less_than_half_of_what_they_may_take(
     if tokens:
         assert len(jobs.continue_(prompts, tokens)[0]) <= tokens
     else:
-        assert jobs.logits(prompts, tmp_path) == [tmp_path / "0.npy"]
+        with Nameless() as place:
+            (path,) = jobs.logits(prompts, place)
+            assert np.load(path).shape == (len(prompts[0]), CONFIG.vocab_size)
 
 
 def test_allowance_of_a_7b_is_known(tmp_path: Path) -> None:

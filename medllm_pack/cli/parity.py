@@ -67,11 +67,14 @@ def parity(
 
     require_extra()
     from medllm_pack.parity import cache
+    from medllm_pack.parity.process import forbid_dumps
     from medllm_pack.parity.run import NOTES, check_pack
     from medllm_pack.parity.runtime import Runtime, layers
     from medllm_pack.parity.texts import read_texts
 
     output = Output(json=json, quiet=quiet or json, verbose=verbose)
+    if texts:
+        forbid_dumps()  # of a memory that holds them
     own = read_texts(texts, count=NOTES) if texts else None
     given = {"threads": threads, "gpu_layers": layers(gpu_layers), "ctx": ctx}
     runtime = Runtime(**{name: value for name, value in given.items() if value is not None})

@@ -16,6 +16,7 @@ import numpy as np
 from medllm_pack.errors import WorkerError
 from medllm_pack.parity import worker
 from medllm_pack.parity.allowance import Allowance, to_compute, to_read
+from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.runtime import Runtime
 
 Ids = Sequence[int]
@@ -69,14 +70,12 @@ class Jobs:
             raise WorkerError("llama.cpp writes tokens that the model does not have")
         return written
 
-    def logits(self, sequences: Sequence[Ids], folder: Path) -> list[Path]:
-        """Write the logits of sequences into a folder; return the files."""
-        paths = [folder / f"{i}.npy" for i in range(len(sequences))]
-        for path in paths:
-            path.unlink(missing_ok=True)  # of another variant
+    def logits(self, sequences: Sequence[Ids], place: Nameless) -> list[Path]:
+        """Let the logits of each sequence be written into a file; return the files."""
+        paths = [place.new() for _ in sequences]
         self._compute(
             "logits", [len(ids) for ids in sequences], writes=True, tokens=0,
-            sequences=_lists(sequences), folder=str(folder),
+            sequences=_lists(sequences), files=[descriptor(path) for path in paths],
         )  # fmt: skip
         for path, ids in zip(paths, sequences, strict=True):
             self._look_at(path, len(ids))

@@ -7,6 +7,7 @@ read for known words only, of which none can be a text of a user. Knows nothing 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ from medllm_pack.parity.allowance import Allowance
 _FILES = 512  # open at once
 _CHUNK = 1 << 16
 _TAIL = 1 << 14  # bytes of standard error that are kept
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
 # What ggml and the C++ runtime say before they abort; an assertion is a line of their source.
 _ASSERTION = re.compile(rb"GGML_ASSERT\(([\x20-\x7e]{1,160}?)\) failed")
 _NO_MEMORY = (b"std::bad_alloc", b"MemoryError", b"GGML_ASSERT(ctx->mem_buffer != NULL)")
@@ -52,17 +54,19 @@ def ask(
     *,
     environment: Mapping[str, str],
     allowance: Allowance,
+    files: Sequence[int] = (),
 ) -> Ended:
     """Run a command, write the question to it and read its answer.
 
-    The process and all that it started are gone when this returns or raises.
+    The process and all that it started are gone when this returns or raises. It gets the
+    descriptors ``files`` under their numbers.
 
     Raises:
         WorkerError: if it takes more time than it may, or answers more.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, start_new_session=True,
+        env=environment, start_new_session=True, pass_fds=files,
     )  # fmt: skip
     try:
         # From here, since code between fork and exec is not safe beside threads. The process waits
@@ -71,6 +75,15 @@ def ask(
         return _Talk(process, question, allowance).finish()
     finally:
         _kill(process)
+
+
+def forbid_dumps() -> None:
+    """Let the kernel write no dump of this process's memory, whatever ends it; for good.
+
+    A limit of zero is not enough where dumps go to a program (core(5)): that one may keep them.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
 def why(ended: Ended, allowance: Allowance) -> str:

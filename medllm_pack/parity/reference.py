@@ -16,9 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medllm_pack.errors import MedllmError, shown
+from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Weights
 from medllm_pack.progress import Reporter
 
@@ -31,14 +30,14 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 def compute_logits(
-    original: Original, sequences: Sequence[Sequence[int]], *, folder: Path, report: Reporter
+    original: Original, sequences: Sequence[Sequence[int]], *, place: Nameless, report: Reporter
 ) -> list[Path]:
     """Compute the logits after every id of every sequence.
 
     Args:
         original: the model and its adapter.
         sequences: ids, each sequence on its own from position 0.
-        folder: where ``reference-N.npy`` is written, float32, shape (ids, vocabulary).
+        place: where a file in .npy form is written for each, float32, shape (ids, vocabulary).
         report: listener; a step counts layers as bytes of weights.
 
     Raises:
@@ -53,7 +52,7 @@ def compute_logits(
         for index in range(stack.config.num_hidden_layers):
             hidden = stack.pass_layer(index, hidden)
             report.advance(1)
-        return stack.write_logits(hidden, folder)
+        return stack.write_logits(hidden, place)
 
 
 class _Stack:
@@ -89,7 +88,7 @@ class _Stack:
         layer = self._filled(f"model.layers.{index}", layer)
         return [self._apply(layer, states) for states in hidden]
 
-    def write_logits(self, hidden: Sequence[Any], folder: Path) -> list[Path]:
+    def write_logits(self, hidden: Sequence[Any], place: Nameless) -> list[Path]:
         """Write the logits of each sequence; return the files."""
         import torch
 
@@ -99,10 +98,7 @@ class _Stack:
         norm = self._filled(_NORM, norm)
         tied = f"{_HEAD}.weight" not in self.weights or self.config.tie_word_embeddings
         head = self._filled(_HEAD, head, weights=_EMBEDDING if tied else _HEAD)
-        paths = [folder / f"reference-{i}.npy" for i in range(len(hidden))]
-        for path, states in zip(paths, hidden, strict=True):
-            np.save(path, head(norm(states))[0].numpy())
-        return paths
+        return [place.save(head(norm(states))[0].numpy()) for states in hidden]
 
     def _apply(self, layer: Any, states: Any) -> Any:
         import torch

@@ -4,7 +4,7 @@ All rungs are climbed where possible; the first check that fails names where thi
 rungs that need no texts come first, then llama.cpp writes, then the reference runs once over
 everything, then every variant is compared with it.
 
-Memory: what the reference needs. Disk: the logits of all texts, twice, in a temporary folder.
+Memory: what the reference needs. Disk: the logits of all texts, twice, in files without a name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from medllm_pack import files
@@ -36,6 +35,7 @@ from medllm_pack.parity.cache import Cache, model_key
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
 from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.measures import Spread
+from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
 from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
 from medllm_pack.parity.prompts import check_template, read_beside
@@ -153,11 +153,11 @@ def check_pack(
     original = find_original(manifest, sources or Sources(), report=report)
     ladder = _Ladder(original, runtime, served, manifest, report)
     texts = texts or shipped_texts(count=NOTES)
-    with TemporaryDirectory(prefix="medllm-parity-") as temporary, ExitStack() as stack:
+    with Nameless() as place, ExitStack() as stack:
         if cache is not None and texts.sha256 is not None:  # what users wrote leaves no trace
             ladder.cache = Cache(cache, model_key(manifest))
             stack.enter_context(ladder.cache.used())
-        ladder.climb(climbs, texts, Path(temporary))
+        ladder.climb(climbs, texts, place)
     verdicts = tuple(climb.verdict for climb in climbs)
     if (folder / SIGNATURE).exists():
         report.notice(f"{SIGNATURE} is removed, since it cannot hold for the verdict; "
@@ -192,7 +192,7 @@ class _Ladder:
         self.config = original.transformers_config()
         self.cache: Cache | None = None
 
-    def climb(self, climbs: Sequence[_Climb], texts: Texts, temporary: Path) -> None:
+    def climb(self, climbs: Sequence[_Climb], texts: Texts, place: Nameless) -> None:
         sequences = [self.tokenizer.encode(note)[: self.runtime.ctx] for note in texts.notes]
         for climb in climbs:
             self._look_at_file(climb)
@@ -202,10 +202,10 @@ class _Ladder:
             self._let_write(climb, sequences)
         written = [w for climb in sound for w in climb.written]
         everything = [*sequences, *(w.whole for w in written)]
-        reference = self._refer(everything, temporary)
+        reference = self._refer(everything, place)
         ends = iter(reference[len(sequences) :])
         for climb in sound:
-            self._compare_logits(climb, sequences, reference[: len(sequences)], temporary)
+            self._compare_logits(climb, sequences, reference[: len(sequences)])
             self._compare_writing(climb, [next(ends) for _ in climb.written])
             self._compare_served(climb)
             self._look_at_limits(climb)
@@ -216,11 +216,11 @@ class _Ladder:
         rungs = {check.rung for check in climb.checks if check.passed is not None}
         climb.departures = self.limits.departures(climb.quant, kinds=kinds, rungs=rungs)
 
-    def _refer(self, sequences: Sequence[Sequence[int]], temporary: Path) -> list[Path]:
+    def _refer(self, sequences: Sequence[Sequence[int]], place: Nameless) -> list[Path]:
         """Return the reference's logits, from the cache where it has them."""
 
         def compute(missing: Sequence[Sequence[int]]) -> list[Path]:
-            return compute_logits(self.original, missing, folder=temporary, report=self.report)
+            return compute_logits(self.original, missing, place=place, report=self.report)
 
         return self.cache.logits(sequences, compute) if self.cache else compute(sequences)
 
@@ -296,15 +296,15 @@ class _Ladder:
         climb: _Climb,
         sequences: Sequence[Sequence[int]],
         reference: Sequence[Path],
-        temporary: Path,
     ) -> None:
         self.report.step(f"logits of {climb.quant}")
-        try:
-            paths = self._jobs(climb).logits(sequences, temporary)
-        except WorkerError as error:
-            climb.checks.append(broken("logits", str(error)))
-            return
-        climb.figures, climb.spread = measure(reference, paths, sequences)
+        with Nameless() as place:
+            try:
+                paths = self._jobs(climb).logits(sequences, place)
+            except WorkerError as error:
+                climb.checks.append(broken("logits", str(error)))
+                return
+            climb.figures, climb.spread = measure(reference, paths, sequences)
         climb.checks += check_logits(climb.quant, climb.figures, self.limits)
 
     def _jobs(self, climb: _Climb) -> Jobs:

@@ -1,9 +1,9 @@
 """llama.cpp in a process of its own: it may abort or hang, and whoever asked must survive that.
 
-The child gets one job as JSON on standard input and answers with one JSON object; logits go to
-.npy files in a folder that the caller owns. It sees a cleared environment, has limits, ends with
-its parent, and is killed with all its children. What goes wrong is a :class:`WorkerError` with the
-reason. Texts travel through the pipe only.
+The child gets one job as JSON on standard input and answers with one JSON object; logits go into
+files that the caller has open. It sees a cleared environment, has limits, ends with its parent, and
+is killed with all its children. What goes wrong is a :class:`WorkerError` with the reason. Texts
+travel through the pipe only, and no dump of memory is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import medllm_pack
 from medllm_pack.errors import MedllmError, WorkerError, shown
 from medllm_pack.parity.allowance import Allowance
-from medllm_pack.parity.process import ask, why
+from medllm_pack.parity.process import ask, forbid_dumps, why
 
 Command = Sequence[str]
 
@@ -44,7 +44,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def call(
-    job: str, *, allowance: Allowance | None = None, command: Command = COMMAND, **arguments: Any
+    job: str,
+    *,
+    allowance: Allowance | None = None,
+    command: Command = COMMAND,
+    files: Sequence[int] = (),
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Run a job in a worker and return its answer.
 
@@ -52,6 +57,7 @@ def call(
         job: one of :data:`JOBS`.
         allowance: what it may take; little if None.
         command: the program; tests put another in its place.
+        files: descriptors of open files, which the worker gets and the job writes into.
         arguments: of the job; JSON values.
 
     Raises:
@@ -59,8 +65,11 @@ def call(
             that can be read.
     """
     allowance = allowance or Allowance()
-    question = json.dumps({"job": job, "arguments": arguments}).encode()
-    ended = ask(command, question, environment=_environment(allowance.gpu), allowance=allowance)
+    if files:
+        arguments["files"] = list(files)
+    question = json.dumps({"job": job, "arguments": arguments, "asked_by": os.getpid()}).encode()
+    environment = _environment(allowance.gpu)
+    ended = ask(command, question, environment=environment, allowance=allowance, files=files)
     if ended.code != 0:
         raise WorkerError(why(ended, allowance))
     return _read_answer(ended.answer)
@@ -142,7 +151,11 @@ def _continue(
 
 
 def _logits(
-    model: str, sequences: Sequence[Sequence[int]], folder: str, threads: int, gpu_layers: int
+    model: str,
+    sequences: Sequence[Sequence[int]],
+    files: Sequence[int],
+    threads: int,
+    gpu_layers: int,
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -150,8 +163,9 @@ def _logits(
 
     context = max(map(len, sequences))
     with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
-        for i, ids in enumerate(sequences):
-            np.save(Path(folder) / f"{i}.npy", loaded.logits(ids))
+        for number, ids in zip(files, sequences, strict=True):
+            with os.fdopen(number, "wb") as file:
+                np.save(file, loaded.logits(ids))
     return {}
 
 
@@ -168,9 +182,12 @@ JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
 def main() -> None:
     """Do one job; what libraries print to standard output does not reach the answer."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    forbid_dumps()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     question = json.load(sys.stdin)
+    if os.getppid() != question["asked_by"]:  # it ended before the signal was asked for
+        sys.exit(1)
     job = question["job"]
     try:
         answer = JOBS[job](**question["arguments"])
