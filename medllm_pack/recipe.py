@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from medllm_pack import resources
 from medllm_pack.errors import MedllmError, RecipeError, UsageError, WriteError, shown
 from medllm_pack.files import read_small, translated
+from medllm_pack.home import expanded
 from medllm_pack.limit_tables import RecipeLimits
 from medllm_pack.limits import unknown_variants
 from medllm_pack.tables import Table, parse_table
@@ -155,7 +156,7 @@ def recipe_path(name: str) -> Path:
     """
     if name in recipe_names():
         return resources.folder(FOLDER) / f"{name}.toml"
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".toml":
         return path
     known = recipe_names()

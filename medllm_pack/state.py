@@ -14,12 +14,13 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError
+from medllm_pack.home import home
 
 
 def state_folder() -> Path:
     """Return where this program keeps what it must remember."""
     base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "medllm-pack"
+    return (Path(base) if base else home() / ".local" / "state") / "medllm-pack"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -292,6 +292,8 @@ def _require(device: DeviceName) -> None:
 
 def _from_here(source: str | None) -> str | None:
     """Make a folder given on the command line absolute; a recipe's start at its own file."""
-    if source is not None and Path(source).expanduser().is_dir():
-        return str(Path(source).expanduser().resolve())
+    from medllm_pack.home import expanded
+
+    if source is not None and expanded(source).is_dir():
+        return str(expanded(source).resolve())
     return source

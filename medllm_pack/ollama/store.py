@@ -21,6 +21,7 @@ from typing import Final
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, StoreAccessError, WriteError, shown
+from medllm_pack.home import home
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import check, place, remove_stale, same_bytes
@@ -55,7 +56,7 @@ def candidates() -> list[Path]:
     """
     if said := os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'"):
         return [Path(said)]
-    return [Path.home() / ".ollama" / "models", _SERVICE]
+    return [home() / ".ollama" / "models", _SERVICE]
 
 
 def full_name(name: ModelName) -> ModelName:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medllm_pack import resources
 from medllm_pack.errors import RecipeError, SourceError, UsageError, shown
 from medllm_pack.files import read_small
+from medllm_pack.home import expanded
 from medllm_pack.ollama.modelfile import Modelfile
 from medllm_pack.ollama.rules import ParameterValue, parameter_problems, place_of, text_problems
 from medllm_pack.ollama.template import problems as template_problems
@@ -143,7 +144,7 @@ def _style_folder(source: str | Path) -> Path:
         return resources.folder(_FOLDER) / source
     if isinstance(source, str) and "/" not in source:
         raise UsageError(_unknown_style(source))
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not (folder / "style.toml").is_file():
         raise UsageError(
             f"the folder {shown(source)} holds no style.toml; it is what makes a style"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm_pack import files
+from medllm_pack.home import home
 from medllm_pack.parity import original, reference
 
 LIMIT = 2 << 30  # bytes; the oldest files go first
@@ -32,8 +33,8 @@ def folder() -> Path:
     """Return where the cache is: ``MEDLLM_CACHE``, or medllm-pack in ``XDG_CACHE_HOME``."""
     if own := os.environ.get("MEDLLM_CACHE"):
         return Path(own) / "parity"
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "medllm-pack" / "parity"
+    base = os.environ.get("XDG_CACHE_HOME") or home() / ".cache"
+    return Path(base) / "medllm-pack" / "parity"
 
 
 def model_key(manifest: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from medllm_pack import files
 from medllm_pack.errors import SourceError, TransferError, shown
+from medllm_pack.home import home
 
 _HELPER = re.compile(r"[A-Za-z0-9._\-]+", re.ASCII)
 _HELPER_SECONDS = 30
@@ -85,7 +86,7 @@ def docker_login(host: str) -> Login | None:
 
 def ollama_key_path() -> Path:
     """Return where Ollama keeps the key that signs its user in."""
-    return Path.home() / ".ollama" / "id_ed25519"
+    return home() / ".ollama" / "id_ed25519"
 
 
 def exposed(kind: Literal["oci", "ollama"]) -> Iterator[str]:
@@ -115,7 +116,7 @@ def _holds_secrets(config: dict[str, Any]) -> bool:
 
 def _docker_path() -> Path:
     folder = os.environ.get("DOCKER_CONFIG")
-    return (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+    return (Path(folder) if folder else home() / ".docker") / "config.json"
 
 
 def _docker_config() -> dict[str, Any]:

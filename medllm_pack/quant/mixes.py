@@ -28,6 +28,7 @@ from pydantic import Field, field_validator, model_validator
 from medllm_pack import resources
 from medllm_pack.errors import UsageError, shown
 from medllm_pack.files import read_small
+from medllm_pack.home import expanded
 from medllm_pack.tables import Table, parse_table
 
 _FOLDER = "quant_recipes/mixes"
@@ -192,7 +193,7 @@ def load_mix(name: str) -> Mix:
     if name.lower() in _NAMES:
         return _read(resources.folder(_FOLDER) / f"{name.lower()}.toml")
     if name.endswith(".toml"):
-        return _read(Path(name).expanduser())
+        return _read(expanded(name))
     near = get_close_matches(name.lower(), _NAMES, n=2)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise UsageError(

@@ -20,6 +20,7 @@ from typing import Literal
 
 from medllm_pack import resources
 from medllm_pack.errors import SourceError, UsageError, shown
+from medllm_pack.home import expanded
 from medllm_pack.weights.checkpoint import INDEX
 from medllm_pack.weights.needed import (
     Role,
@@ -149,11 +150,7 @@ def _builtin(name: str) -> Source:
 
 
 def _absolute(text: str, relative_to: Path | None) -> Path:
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise UsageError(f"{shown(text)} names a home folder that does not exist") from error
-    path = Path.cwd() / (relative_to or "") / path
+    path = Path.cwd() / (relative_to or "") / expanded(text)
     # A link keeps its name; behind "..", only the file system knows what the name is.
     return path.resolve() if ".." in path.parts and os.path.exists(path) else path
 
