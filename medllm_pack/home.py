@@ -9,7 +9,8 @@ from pathlib import Path
 
 from medllm_pack.errors import UsageError, shown
 
-_NONE = Path("/nonexistent")  # what Debian writes into passwd for users without a home
+# Not even root can make this one.
+_NONE = Path("/dev/null/no-home")
 
 
 def home() -> Path:

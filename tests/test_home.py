@@ -30,6 +30,8 @@ def _homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_homeless")
 def test_without_a_home_nothing_is_there_and_nothing_breaks() -> None:
     assert not home().exists()
+    with pytest.raises(OSError, match="no-home"):
+        home().mkdir(parents=True)  # not by root either
     for path in (state_folder(), cache.folder(), ollama_key_path(), candidates()[0]):
         assert path.is_relative_to(home())
     assert [*exposed("oci"), *exposed("ollama")] == []
