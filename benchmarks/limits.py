@@ -35,7 +35,8 @@ from medllm_pack.parity.original import Sources, find_original
 from medllm_pack.parity.predictions import measure
 from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.runtime import Runtime
-from medllm_pack.parity.tensors import EXACT, check_tensors
+from medllm_pack.parity.seen import EXACT, Stored
+from medllm_pack.parity.tensors import check_tensors
 from medllm_pack.parity.texts import read_texts
 from medllm_pack.parity.tokens import Tokenizer
 from medllm_pack.progress import Silent
@@ -140,7 +141,10 @@ def _look_at(
         reference = compute_logits(original, ids, place=place, report=Silent())
         for entry in manifest["variants"]:
             path = out / entry["file"]
-            _, errors = check_tensors(path, read_gguf(path), original, Limits(), report=Silent())
+            stored = [Stored(path, read_gguf(path))]
+            [(_, errors)] = check_tensors(
+                stored, original, Limits(), threads=threads, report=Silent()
+            )
             for error in errors:
                 seen = {"rmse": error.rmse, _block(matrix): error.worst}
                 _see(tensors, error.type, seen, label)

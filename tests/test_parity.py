@@ -33,7 +33,7 @@ from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import allowance, worker
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.nameless import Nameless
-from medllm_pack.parity.original import Original, Sources
+from medllm_pack.parity.original import Original, Sources, Weights
 from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.report.page import page
@@ -288,6 +288,23 @@ def test_limits_of_the_recipe_count_and_are_told_wherever_the_verdict_is(
     assert page_.count("<code>variants.f16.kld_p99</code>") == 2  # in both languages
     ended = invoke(tmp_path / "p", inputs, "-q")
     assert "f16: limit of the recipe: variants.f16.kld_p99 0.5 (looser" in ended.stdout
+
+
+def test_weights_of_the_model_are_read_once_for_all_variants(
+    two: Path, inputs: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, int, int]] = []
+    rows = Weights.rows
+
+    def noted(self: Weights, name: str, start: int, stop: int) -> Any:
+        read.append((name, start, stop))
+        return rows(self, name, start, stop)
+
+    monkeypatch.setattr(Weights, "rows", noted)
+    result = check_pack(two, sources=inputs, report=Silent())
+    assert [verdict.passed for verdict in result.verdicts] == [True, True]
+    assert len(read) == len(set(read))
+    assert {name for name, _, _ in read} > {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 def test_checking_again_gives_the_same_bytes(pack: Path, inputs: Sources) -> None:

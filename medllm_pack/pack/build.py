@@ -10,9 +10,7 @@ Memory: a few blocks, whatever the size of the model.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medllm_pack import files
+from medllm_pack import ahead, files
 from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
@@ -241,7 +239,9 @@ def _stream(
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
         convert = _Converter(plan, source, outputs, quantize)
-        _in_parallel(convert, blocks, threads=threads, report=report)
+        # One worker more than processors: one of them waits for the disk most of the time.
+        for read in ahead.each(convert, blocks, workers=threads + 1, name="block"):
+            report.advance(read)
         report.step("finishing")
         inputs = source.digests()
         written = {name: (out.layout.size, out.finish()) for name, out in outputs.items()}
@@ -284,26 +284,6 @@ def _blocks(source: Source, specs: Sequence[TensorSpec], *, head_dim: int) -> It
         step = max(BLOCK_WEIGHTS // spec.shape[-1] // head_dim, 1) * head_dim
         for start in range(0, spec.rows if spec.rows > 1 else 0, step):
             yield source.read(spec.name, start, min(start + step, spec.rows))
-
-
-def _in_parallel(
-    work: Callable[[Rows], int], blocks: Iterator[Rows], *, threads: int, report: Reporter
-) -> None:
-    """Run ``work`` over all blocks, at most ``threads`` + 2 of them in memory."""
-    pending: deque[Future[int]] = deque()
-    # One worker more than processors: one of them waits for the disk most of the time.
-    workers = threads + 1
-    with ThreadPoolExecutor(workers, thread_name_prefix="block") as pool:
-        try:
-            for rows in blocks:
-                pending.append(pool.submit(work, rows))
-                while len(pending) > workers or (pending and pending[0].done()):
-                    report.advance(pending.popleft().result())
-            while pending:
-                report.advance(pending.popleft().result())
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _check_header(folder: Path, file: PlannedFile) -> None:

@@ -41,8 +41,9 @@ from medllm_pack.parity.predictions import Written, check_generation, check_logi
 from medllm_pack.parity.prompts import check_template, read_beside
 from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.runtime import Runtime
+from medllm_pack.parity.seen import EXACT, Stored
 from medllm_pack.parity.served import Served, check_served, find_served
-from medllm_pack.parity.tensors import EXACT, check_tensors
+from medllm_pack.parity.tensors import Found, check_tensors
 from medllm_pack.parity.texts import Texts, shipped_texts
 from medllm_pack.parity.tokens import (
     STRINGS,
@@ -197,8 +198,8 @@ class _Ladder:
         for climb in climbs:
             self._look_at_file(climb)
         sound = [climb for climb in climbs if climb.header is not None]
-        for climb in sound:
-            self._look_inside(climb)
+        for climb, found in zip(sound, self._weigh(sound), strict=True):
+            self._look_inside(climb, found)
             self._let_write(climb, sequences)
         written = [w for climb in sound for w in climb.written]
         everything = [*sequences, *(w.whole for w in written)]
@@ -239,13 +240,19 @@ class _Ladder:
         )
         climb.checks.append(Check("file.digest", int(not same), "= 0 differ", same, detail))
 
-    def _look_inside(self, climb: _Climb) -> None:
+    def _weigh(self, climbs: Sequence[_Climb]) -> list[Found]:
+        """Compare all weights of all files with the model's, which are read once."""
+        stored = [Stored(climb.path, climb.header) for climb in climbs if climb.header]
+        threads = self.runtime.threads
+        return check_tensors(
+            stored, self.original, self.limits, threads=threads, report=self.report
+        )
+
+    def _look_inside(self, climb: _Climb, found: Found) -> None:
         assert climb.header is not None
         metadata = climb.header.metadata
         climb.checks.append(check_settings(metadata, self.original))
-        checks, climb.tensors = check_tensors(
-            climb.path, climb.header, self.original, self.limits, report=self.report
-        )
+        checks, climb.tensors = found
         climb.checks += checks
         climb.checks.append(check_vocabulary(metadata, self.tokenizer))
         climb.checks.append(self._tokenize(climb))
