@@ -60,9 +60,11 @@ def _base(inputs: Inputs, adapter: AdapterConfig | None) -> Iterator[str]:
     said, model = adapter.base if adapter else None, inputs.model
     if said is None or model.kind == "builtin" or _plain(said) == _plain(model.source):
         return
+    # This is recorded, and a pack must not depend on where its inputs lay.
+    into = "the base of the folder given" if model.kind == "folder" else shown(model.source)
     yield (
         f"the adapter says it was trained on {shown(_public(said))} and is merged into "
-        f"{shown(model.source)}; the shapes fit, the weights may be others. If they are, name the "
+        f"{into}; the shapes fit, the weights may be others. If they are, name the "
         "right base with --base"
     )
 
