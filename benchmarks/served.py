@@ -6,7 +6,8 @@ A server computes with its own threads, batches and kernels. Each of these ways 
 loopback server here, and asked over HTTP as parity asks Ollama: greedily, 24 tokens after the
 opening of each held-out note. Printed is how often it goes on as parity's worker does; by how many
 logits the worker's token led at most where the two part; the least and the most that four notes
-(parity asks four) agree by the shipped limits, and how many fours pass. Then the same for servers
+(parity asks four) agree by the shipped limits, and how many fours pass; the least and the most of
+all tokens that four notes have in common until they part. Then the same for servers
 that are wrong: another variant, a prompt that begins otherwise, penalties, a temperature, the base
 model.
 """
@@ -143,6 +144,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(resources.folder("examples/tiny/base"))
     print(
         f"{'variant':10}{'server':28}{'alike':>8}{'lead':>8}{'least':>9}{'most':>9}{'passed':>12}"
+        f"{'least':>12}{'most':>9}"
     )
     with TemporaryDirectory() as temporary:
         files = _build(Path(temporary), given.variants.split(","))
@@ -152,7 +154,8 @@ def main() -> None:
             for way in (*SOUND, *(way for way in WRONG if way.variant != quant)):
                 with _served(files[way.variant or quant], way) as server:
                     texts = [
-                        server.generate("m", prompt, raw=True, options={}) for prompt in prompts
+                        server.generate("m", prompt, raw=True, options={}).text
+                        for prompt in prompts
                     ]
                 print(f"{quant:10}{way.name:28}{_row(texts, written)}", flush=True)
 
@@ -204,12 +207,14 @@ def _row(texts: Sequence[str], written: Sequence[Mapping[str, Any]]) -> str:
     strict = _compared(texts, written, tie=0.0)
     leads = [w["margins"][n] for (n, lost), w in zip(strict, written, strict=True) if lost]
     counted = _compared(texts, written, tie=limits.served_tie)
-    shares = [_share(counted[i : i + ASKED]) for i in range(0, len(texts), ASKED)]
+    fours = range(0, len(texts), ASKED)
+    shares = [_share(counted[i : i + ASKED]) for i in fours]
     passed = sum(share >= limits.served_agreement for share in shares)
     alike = sum(n for n, _ in strict) / total
+    common = [_common(counted[i : i + ASKED], written[i : i + ASKED]) for i in fours]
     return (
         f"{alike:8.1%}{max(leads, default=0.0):8.3f}{min(shares):9.1%}{max(shares):9.1%}"
-        f"{passed:6} of {len(shares)}"
+        f"{passed:6} of {len(shares)}{min(common):12.1%}{max(common):9.1%}"
     )
 
 
@@ -225,6 +230,10 @@ def _compared(
 def _share(counted: Sequence[tuple[int, int]]) -> float:
     alike, lost = (sum(numbers) for numbers in zip(*counted, strict=True))
     return alike / (alike + lost) if alike + lost else 1.0
+
+
+def _common(counted: Sequence[tuple[int, int]], written: Sequence[Mapping[str, Any]]) -> float:
+    return sum(alike for alike, _ in counted) / sum(len(ours["texts"]) for ours in written)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,45 @@
-"""An Ollama server for tests: /api/version, tags, blobs and create over a store of its own.
+"""An Ollama server for tests: /api/version, tags, blobs, create, show and generate over a store.
 
-Behaves as server/routes.go and server/create.go say, written anew with gguf-py and json. Knows
-nothing of the package.
+Behaves as server/routes.go, server/create.go and the runners say, written anew with gguf-py and
+json; llama.cpp tokenizes and computes in a worker of the tests. Knows nothing of the package.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gguf import GGUFReader, LlamaFileType
+
+from tests import llama_worker
+
+Counts = Literal["all", "new", "nothing"]
 
 _DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
 
 
 class Ollama(ThreadingHTTPServer):
-    """A server; ``requests`` holds method and path of everything that was asked."""
+    """A server; ``requests`` holds method and path of everything that was asked.
+
+    Args:
+        root: of its store.
+        counts: which tokens of a prompt it says that it read: all, as since 0.2; without those that
+            it had kept from the prompt before, as some versions; or not how many.
+    """
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, counts: Counts = "all") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.counts, self.kept = counts, list[int]()
         self.root = root
         self.requests: list[tuple[str, str]] = []
         self.received = 0
@@ -52,6 +64,35 @@ class Ollama(ThreadingHTTPServer):
                 + f":{tag}",
                 path.read_bytes(),
             )
+
+    def layer(self, model: str, kind: str) -> Path | None:
+        """Return the blob of a model's first layer of a kind."""
+        for name, data in self.manifests():
+            for layer in json.loads(data)["layers"]:
+                if name == model and layer["mediaType"].endswith(f".{kind}"):
+                    return self.blob(layer["digest"])
+        return None
+
+    def template(self, model: str) -> str:
+        path = self.layer(model, "template")
+        return path.read_text(encoding="utf-8") if path else "{{ .Prompt }}"
+
+    def render(self, model: str, prompt: str) -> str:
+        """Return what the model gets to read, for templates without conditions."""
+        system = self.layer(model, "system")
+        text = self.template(model).partition("{{ .Response }}")[0]
+        if system:
+            text = text.replace("{{ .System }}", system.read_text(encoding="utf-8"))
+        return text.replace("{{ .Prompt }}", prompt)
+
+    def count(self, ids: list[int]) -> dict[str, int]:
+        """Return what an answer says about the length of the prompt; 0 is left out."""
+        known = 0
+        if self.counts == "new":
+            known = len(os.path.commonprefix([self.kept, ids]))
+            known = min(known, len(ids) - 1)  # the last one is needed to go on
+        self.kept = ids
+        return {} if self.counts == "nothing" else {"prompt_eval_count": len(ids) - known}
 
     def new_layer(self, data: bytes, kind: str) -> dict[str, Any]:
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
@@ -102,6 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.create_blob(self.path.removeprefix("/api/blobs/"), body)
         elif self.path == "/api/create":
             self.create(json.loads(body))
+        elif self.path == "/api/show":
+            self.show(json.loads(body)["model"])
+        elif self.path == "/api/generate":
+            self.generate(json.loads(body))
         else:
             self.answer(404)
 
@@ -152,6 +197,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.write_manifest(request["model"], encode(document))
         self.answer(200, {"status": "success"})
 
+    def show(self, model: str) -> None:
+        weights = self.server.layer(model, "model")
+        if weights is None:
+            self.answer(404, {"error": f"model '{model}' not found"})
+            return
+        template = self.server.template(model)
+        text = f'# Modelfile\nFROM {weights}\nTEMPLATE """{template}"""\n'
+        self.answer(200, {"modelfile": text, "template": template})
+
+    def generate(self, request: dict[str, Any]) -> None:
+        weights, prompt = self.server.layer(request["model"], "model"), request["prompt"]
+        if weights is None:
+            self.answer(404, {"error": f"model '{request['model']}' not found"})
+            return
+        if not request["raw"]:
+            prompt = self.server.render(request["model"], prompt)
+        found = llama_worker.call(
+            "answer", model=str(weights), prompt=prompt, tokens=request["options"]["num_predict"]
+        )
+        counted = self.server.count(found["ids"])
+        self.answer(200, {"response": found["text"], "done": True} | counted)
+
     def write_manifest(self, name: str, data: bytes) -> None:
         model, _, tag = name.partition(":")
         namespace, _, model = model.rpartition("/")
@@ -168,9 +235,9 @@ def encode(value: Any, *, sort: bool = False) -> bytes:
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[Ollama]:
+def serving(root: Path, *, counts: Counts = "all") -> Iterator[Ollama]:
     """Run a server over a store."""
-    server = Ollama(root)
+    server = Ollama(root, counts=counts)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

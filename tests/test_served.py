@@ -1,15 +1,19 @@
-"""Rung *served*, against a loopback server that answers as Ollama documents, with llama.cpp."""
+"""Rung *served*, against loopback servers that answer as Ollama does, with llama.cpp."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from medllm_pack import resources
 from medllm_pack.errors import ServerError
 from medllm_pack.limits import Limits
 from medllm_pack.ollama.modelfile import Modelfile
@@ -17,14 +21,22 @@ from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import worker
 from medllm_pack.parity.checks import Check
+from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.prompts import read_beside
+from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.served import check_served, compare_texts, find_served
+from medllm_pack.parity.tokens import Tokenizer
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
-from tests import llama_worker
+from tests import llama_worker, pico
+from tests.fake_ollama import Counts, Ollama, serving
+from tests.test_build import run, variant
+from tests.test_parity import invoke
 from tests.test_server import Answer, Serve, serve  # noqa: F401, a fixture
 
 BEHIND = "{{ .Prompt }}{{ .Response }}"
+TINY = resources.folder("examples/tiny/base")
+TOKENIZER = Tokenizer(Original({path.name: path for path in TINY.iterdir()}, None))
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +91,14 @@ def check(pack: Path, serve: Serve, fake: Fake) -> list[Check]:  # noqa: F811
         )  # fmt: skip
 
     modelfile: Modelfile = read_beside(pack, entry)
-    return check_served(served, "q8_0", modelfile, write, Limits())
+    return check_served(served, "q8_0", modelfile, TOKENIZER, write, Limits())
 
 
 def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # noqa: F811
     fake = Fake(pack)
     checks = check(pack, serve, fake)
     assert [(c.name, c.passed, c.measured) for c in checks] == [
+        ("served.tokens", None, None),  # this one does not count
         ("served.raw", True, 1.0),
         ("served.template", True, 1.0),
     ]
@@ -98,7 +111,7 @@ def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # 
 
 def test_server_that_reads_another_prompt_is_caught(pack: Path, serve: Serve) -> None:  # noqa: F811
     checks = check(pack, serve, Fake(pack, instead="O gato dorme"))
-    assert [c.passed for c in checks] == [False, False]
+    assert [c.passed for c in checks] == [None, False, False]
 
 
 def test_what_follows_a_near_tie_is_not_counted() -> None:
@@ -113,8 +126,8 @@ def test_server_that_fails_is_a_finding_with_its_reason(
     pack: Path, serve: Serve  # noqa: F811
 ) -> None:  # fmt: skip
     checks = check(pack, serve, Fake(pack, status=500))
-    assert [c.passed for c in checks] == [False, False]
-    assert "500: 'llama runner process has terminated'" in checks[0].detail
+    assert [c.passed for c in checks] == [None, False, False]
+    assert "500: 'llama runner process has terminated'" in checks[1].detail
 
 
 def test_other_weights_on_the_server_are_said_instead_anything(
@@ -124,3 +137,67 @@ def test_other_weights_on_the_server_are_said_instead_anything(
         find_served(serve(Fake(pack, digest="0" * 64)), "m", {"q8_0": "1" * 64})
     with pytest.raises(ServerError, match="does not say what 'm' holds"):
         find_served(serve(lambda *_: (200, b'{"version": "1"}')), "m", {"q8_0": "1" * 64})
+
+
+# --- how many tokens it reads, through the command
+
+
+@pytest.fixture(scope="module")
+def pico_pack(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> tuple[Path, Sources]:
+    folder = tmp_path_factory.mktemp("pico")
+    base = pico.write_model(folder / "base", tokenizer=tokenizer)
+    adapter = pico.write_adapter(folder / "adapter")
+    run(folder / "pack", quants=["f16"], base=base, adapter=adapter)
+    return folder / "pack", Sources(str(base), str(adapter))
+
+
+def hold(server: Ollama, weights: Path, template: str) -> None:
+    """Let a server hold a model, as `ollama create` does."""
+    digest = "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest()
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        client.post(f"/api/blobs/{digest}", content=weights.read_bytes()).raise_for_status()
+        question = {"model": "m:1", "files": {weights.name: digest}, "template": template}
+        client.post("/api/create", json=question).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("template", "counts", "code", "verdict", "detail"),
+    [
+        (BEHIND, "all", 0, True, "of 8 prompts the server reads as many tokens as"),
+        (
+            f"<s>{BEHIND}",
+            "all",
+            3,
+            False,
+            "4 have another number .*; one more each time, as with a",
+        ),
+        (f"Nota: {BEHIND}", "all", 3, False, "of 8 prompts 4 have another number of tokens than"),
+        (BEHIND, "new", 0, None, "does not say how many tokens it reads in all"),
+        (BEHIND, "nothing", 0, None, "does not say how many tokens it reads in all"),
+    ],
+)
+def test_tokens_of_a_prompt_at_the_server_are_those_of_the_tokenizer(
+    pico_pack: tuple[Path, Sources],
+    tmp_path: Path,
+    template: str,
+    counts: Counts,
+    code: int,
+    verdict: bool | None,
+    detail: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pack, inputs = pico_pack
+    monkeypatch.setenv("MEDLLM_CACHE", str(pack.parent / "cache"))
+    with serving(tmp_path / "store", counts=counts) as server:
+        hold(server, variant(pack, "F16"), template)
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        ended = invoke(pack, inputs, "--ollama=m:1", "--ctx=64")
+    assert getattr(ended.exception, "exit_code", ended.exit_code) == code, ended.output
+    (found,) = json.loads((pack / "parity.json").read_text())["variants"]
+    checks = {check["name"]: check for check in found["checks"]}
+    tokens = checks["served.tokens"]
+    assert tokens["passed"] is verdict
+    assert re.search(detail, tokens["detail"])
+    assert found["failed"] == (None if code == 0 else "served.tokens")
+    for check in checks.values():
+        assert not [part for part in translate(check["detail"], str) if part.foreign]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from medllm_pack.errors import ServerError, UsageError
-from medllm_pack.ollama.server import Address, Server
+from medllm_pack.ollama.server import Address, Generated, Server
 
 Answer = tuple[int, bytes]
 Answers = Callable[[str, Any], Answer]
@@ -100,12 +100,16 @@ def test_calls_are_those_of_the_documented_api(serve: Serve) -> None:
 
     def answer(path: str, question: Any) -> Answer:
         asked.append((path, question))
-        return 200, b'{"version": "0.12.0", "response": "sim", "modelfile": "FROM x"}'
+        return (
+            200,
+            b'{"version": "0.12.0", "response": "sim", "modelfile": "FROM x",'
+            b'"prompt_eval_count": 7}',
+        )
 
     server = serve(answer)
     assert server.version() == "0.12.0"
     assert server.show("m:1")["modelfile"] == "FROM x"
-    assert server.generate("m:1", "olá", raw=True, options={"seed": 1}) == "sim"
+    assert server.generate("m:1", "olá", raw=True, options={"seed": 1}) == Generated("sim", 7)
     assert asked == [
         ("/api/version", None),
         ("/api/show", {"model": "m:1"}),

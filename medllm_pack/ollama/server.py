@@ -77,6 +77,20 @@ def _refusal(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Generated:
+    """What a model wrote.
+
+    Attributes:
+        text: without the prompt.
+        read: tokens of the prompt, as the server counts them; None if it does not say. Some
+            versions leave out those that they had kept from the prompt before.
+    """
+
+    text: str
+    read: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """An Ollama server.
 
@@ -107,7 +121,7 @@ class Server:
 
     def generate(
         self, model: str, prompt: str, *, raw: bool, options: Mapping[str, Any], system: str = ""
-    ) -> str:
+    ) -> Generated:
         """Return what a model writes after a prompt.
 
         Args:
@@ -122,7 +136,9 @@ class Server:
         }  # fmt: skip
         if system:
             question["system"] = system
-        return _text(self.call("POST", "/api/generate", question), "response")
+        answer = self.call("POST", "/api/generate", question)
+        read = answer.get("prompt_eval_count")  # left out where it is 0
+        return Generated(_text(answer, "response"), read if isinstance(read, int) else None)
 
     def models(self) -> dict[str, str]:
         """Return name -> manifest digest in hex of every model the server has."""

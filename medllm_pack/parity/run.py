@@ -281,7 +281,9 @@ class _Ladder:
         try:
             modelfile = read_beside(climb.path.parent, climb.entry)
             write = self._jobs(climb).write
-            climb.checks += check_served(self.served, climb.quant, modelfile, write, self.limits)
+            climb.checks += check_served(
+                self.served, climb.quant, modelfile, self.tokenizer, write, self.limits
+            )
         except (SourceError, ModelfileError) as error:
             climb.checks.append(broken("served", str(error)))
 
