@@ -115,7 +115,9 @@ class Runner(llamacpp.Model):
         ids = self.tokenize(self.way.before + prompt, special=True)
         fresh, written = ids, list[int]()
         while len(written) < TOKENS:
-            scores = self._decode(fresh, start=len(ids) - len(fresh), every=False)[-1]
+            start = len(ids) - len(fresh)
+            tokens = [llamacpp.Token(id_, start + i) for i, id_ in enumerate(fresh)]
+            scores = self._decode(tokens)[-1]
             fresh = [self._choose(scores, ids[-64:])]
             if self._api.llama_vocab_is_eog(self._vocab, fresh[0]):
                 break

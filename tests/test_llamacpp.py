@@ -47,6 +47,19 @@ def test_logits_do_not_depend_on_what_was_computed_before(file: Path) -> None:
         np.testing.assert_array_equal(model.logits([1, 300, 301]), first)
 
 
+def test_texts_written_together_are_those_written_alone(file: Path) -> None:
+    prompts = [[1, 300, 301], [1, 290], [1, 291, 292, 293, 294], [1] + [295] * 14]
+    with Model(file, n_ctx=16) as model:
+        alone = [model.follow(prompt, tokens=11) for prompt in prompts]
+    with Model(file, n_ctx=16, sequences=4) as model:
+        together = model.follow_all(prompts, tokens=11)
+    assert [len(text) for text in alone] == [11, 11, 11, 1]  # a context ends where it is full
+    for one, other in zip(alone, together, strict=True):
+        assert [id_ for id_, _ in one] == [id_ for id_, _ in other]
+        for (_, lead), (_, led) in zip(one, other, strict=True):
+            assert abs(lead - led) < 1e-3
+
+
 def test_file_that_llama_cpp_refuses_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(MedllmError, match=r"does not load 'x\.gguf': 'bad GGUF version") as error:

@@ -18,6 +18,7 @@ _DISK: Final = 50e6  # bytes a second, if the weights must be read again for eve
 _BASE: Final = 1 << 30  # Python, numpy and llama.cpp take a sixth of it
 _STACK: Final = 16 << 20  # of a thread
 _BATCH: Final = 512  # tokens that llama.cpp computes together
+TOGETHER: Final = 8  # texts that are continued a token of each at a time
 _ROOM: Final = 2  # times what the arithmetic below gives
 _ANSWER: Final = 4 << 20
 
@@ -62,6 +63,7 @@ def to_compute(
     threads: int,
     gpu: bool,
     writes: bool = False,
+    together: int = 1,
 ) -> Allowance:
     """Return what a job may take that computes.
 
@@ -73,6 +75,7 @@ def to_compute(
         threads: of llama.cpp.
         gpu: whether layers are computed there.
         writes: whether the job writes the logits of every prompt to a file.
+        together: prompts whose keys and values are held at a time.
     """
     size, context = file.stat().st_size, max(prompts, default=0) + tokens + 1
     passes = sum(-(-length // _BATCH) + tokens for length in prompts)
@@ -81,7 +84,9 @@ def to_compute(
     if gpu:
         memory, written = LOOK_AT_GPU.memory, LOOK_AT_GPU.file
     else:
-        memory = _BASE + size + threads * _STACK + _ROOM * _working_memory(config, context)
+        memory = (
+            _BASE + size + threads * _STACK + _ROOM * _working_memory(config, context, together)
+        )
         written = 0
     if writes:
         written = max(written, context * config.vocab_size * 4 + 4096)
@@ -95,11 +100,11 @@ def _parameters(config: Any) -> int:
     return total
 
 
-def _working_memory(config: Any, context: int) -> int:
+def _working_memory(config: Any, context: int, together: int) -> int:
     """Return the bytes of keys and values, of one batch on its way, and of the logits."""
     _, kv = _widths(config)
     context = -(-context // 256) * 256  # llama.cpp rounds up
-    kept = 2 * config.num_hidden_layers * kv * 2 * context  # F16
+    kept = 2 * config.num_hidden_layers * kv * 2 * context * together  # F16
     wide = 8 * config.hidden_size + 4 * config.intermediate_size + 2 * config.vocab_size
     batch = 4 * _BATCH * (wide + 2 * config.num_attention_heads * context)
     logits = 3 * 4 * config.vocab_size * context  # in parts, as a whole, and on their way to disk

@@ -15,7 +15,7 @@ import numpy as np
 
 from medllm_pack.errors import WorkerError
 from medllm_pack.parity import worker
-from medllm_pack.parity.allowance import Allowance, to_compute, to_read
+from medllm_pack.parity.allowance import TOGETHER, Allowance, to_compute, to_read
 from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.runtime import Runtime
 
@@ -63,8 +63,9 @@ class Jobs:
     def continue_(self, prompts: Sequence[Ids], tokens: int) -> list[Ids]:
         """Return the ids of the greedy continuation of prompts."""
         answer = self._compute(
-            "continue", [len(ids) for ids in prompts], tokens=tokens, prompts=_lists(prompts)
-        )
+            "continue", [len(ids) for ids in prompts], tokens=tokens,
+            together=min(len(prompts), TOGETHER), prompts=_lists(prompts),
+        )  # fmt: skip
         written = _rows(answer, "ids", len(prompts), int)
         if any(not 0 <= id_ < self._vocabulary for ids in written for id_ in ids):
             raise WorkerError("llama.cpp writes tokens that the model does not have")
@@ -98,11 +99,18 @@ class Jobs:
             )
 
     def _compute(
-        self, job: str, lengths: Sequence[int], *, tokens: int, writes: bool = False, **more: Any
+        self,
+        job: str,
+        lengths: Sequence[int],
+        *,
+        tokens: int,
+        writes: bool = False,
+        together: int = 1,
+        **more: Any,
     ) -> dict[str, Any]:
         allowance = to_compute(
             self.file, self.config, lengths, tokens=tokens, threads=self.runtime.threads,
-            gpu=self.runtime.gpu_layers > 0, writes=writes,
+            gpu=self.runtime.gpu_layers > 0, writes=writes, together=together,
         )  # fmt: skip
         if not writes:
             more["tokens"] = tokens

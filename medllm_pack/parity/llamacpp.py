@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,39 @@ from medllm_pack.errors import MedllmError, shown
 _BATCH = 512  # tokens that llama.cpp computes together: what they need of memory is bounded
 
 
+class Token(NamedTuple):
+    """A token of a batch.
+
+    Attributes:
+        id: in the vocabulary.
+        position: in its text.
+        sequence: which text.
+        wanted: whether the logits after it are.
+    """
+
+    id: int
+    position: int
+    sequence: int = 0
+    wanted: bool = True
+
+
 class Model:
     """A GGUF file loaded by llama.cpp, with a context of ``n_ctx`` tokens; 0: vocabulary only.
+
+    Each of ``sequences`` texts has such a context.
 
     Raises:
         MedllmError: if llama.cpp does not load the file.
     """
 
     def __init__(
-        self, path: Path, *, n_ctx: int = 512, threads: int = 2, gpu_layers: int = 0
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 512,
+        threads: int = 2,
+        gpu_layers: int = 0,
+        sequences: int = 1,
     ) -> None:
         self._api = api = _api()
         params = api.llama_model_default_params()
@@ -42,7 +66,7 @@ class Model:
             raise MedllmError(f"llama.cpp does not load {shown(path.name)}{_reason(path)}")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab: int = api.llama_vocab_n_tokens(self._vocab)
-        self.n_ctx = n_ctx
+        self.n_ctx, self.sequences = n_ctx, sequences
         self._context = self._new_context(threads) if n_ctx else None
         if n_ctx and not self._context:
             self.close()
@@ -53,8 +77,9 @@ class Model:
     def _new_context(self, threads: int) -> Any:
         api = self._api
         settings = api.llama_context_default_params()
-        settings.n_ctx = self.n_ctx
-        settings.n_batch = settings.n_ubatch = min(self.n_ctx, _BATCH)
+        settings.n_ctx = self.n_ctx * self.sequences
+        settings.n_seq_max = self.sequences
+        settings.n_batch = settings.n_ubatch = min(settings.n_ctx, _BATCH)
         settings.n_threads = settings.n_threads_batch = threads
         # As with repacking: one way through the kernels on every machine.
         settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -84,11 +109,7 @@ class Model:
             MedllmError: if llama.cpp cannot compute them.
         """
         self._forget()
-        parts = [
-            self._decode(ids[at : at + _BATCH], start=at, every=True)
-            for at in range(0, len(ids), _BATCH)
-        ]
-        return np.concatenate(parts)
+        return self._decode([Token(id_, i) for i, id_ in enumerate(ids)])
 
     def write(self, prompt: str, *, tokens: int) -> str:
         """Return the greedy continuation of a prompt, up to an end of text."""
@@ -100,21 +121,48 @@ class Model:
 
     def follow(self, ids: Sequence[int], *, tokens: int) -> list[tuple[int, float]]:
         """Return each id of the greedy continuation, and by how much its logit led."""
+        return self.follow_all([ids], tokens=tokens)[0]
+
+    def follow_all(
+        self, prompts: Sequence[Sequence[int]], *, tokens: int
+    ) -> list[list[tuple[int, float]]]:
+        """Do that for several prompts, at most ``sequences`` of them, a token of each at a time.
+
+        So the weights pass through memory, or come from a disk, once for a token of all.
+        """
         self._forget()
-        position, fresh = 0, list(ids)
-        written: list[tuple[int, float]] = []
-        while len(written) < tokens and position + len(fresh) < self.n_ctx:
-            for at in range(0, len(fresh), _BATCH):
-                part = fresh[at : at + _BATCH]
-                scores = self._decode(part, start=position, every=False)
-                position += len(part)
-            best = int(scores[-1].argmax())
-            if self._api.llama_vocab_is_eog(self._vocab, best):
-                break
-            second, first = np.partition(scores[-1], -2)[-2:]
-            written.append((best, float(first - second)))
-            fresh = [best]
+        written: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        fresh = [
+            Token(id_, position, sequence, wanted=position == len(ids) - 1)
+            for sequence, ids in enumerate(prompts)
+            if tokens and len(ids) < self.n_ctx
+            for position, id_ in enumerate(ids)
+        ]
+        while fresh:
+            ends = [token for token in fresh if token.wanted]
+            after = zip(ends, self._decode(fresh), strict=True)
+            chosen = [self._go_on(*one, written, tokens=tokens) for one in after]
+            fresh = [token for token in chosen if token]
         return written
+
+    def _go_on(
+        self,
+        token: Token,
+        scores: NDArray[np.float32],
+        written: Sequence[list[tuple[int, float]]],
+        *,
+        tokens: int,
+    ) -> Token | None:
+        """Note the id that leads after a token; return it unless its text ends there."""
+        best = int(scores.argmax())
+        if self._api.llama_vocab_is_eog(self._vocab, best):
+            return None
+        second, first = np.partition(scores, -2)[-2:]
+        text, position = written[token.sequence], token.position + 1
+        text.append((best, float(first - second)))
+        if len(text) == tokens or position + 1 >= self.n_ctx:
+            return None
+        return Token(best, position, token.sequence)
 
     def close(self) -> None:
         """Free model and context."""
@@ -143,21 +191,28 @@ class Model:
         n = self._api.llama_token_to_piece(self._vocab, id_, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
 
-    def _decode(self, ids: Sequence[int], *, start: int, every: bool) -> NDArray[np.float32]:
-        n = len(ids)
+    def _decode(self, tokens: Sequence[Token]) -> NDArray[np.float32]:
+        """Return the logits after the tokens that want them, shape (of those, n_vocab)."""
+        parts = (tokens[at : at + _BATCH] for at in range(0, len(tokens), _BATCH))
+        return np.concatenate([self._decode_batch(part) for part in parts])
+
+    def _decode_batch(self, tokens: Sequence[Token]) -> NDArray[np.float32]:
+        n = len(tokens)
         batch = self._api.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
-            for i, id_ in enumerate(ids):
-                batch.token[i], batch.pos[i] = id_, start + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = every or i == n - 1
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token.id, token.position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, token.sequence
+                batch.logits[i] = token.wanted
             code = self._api.llama_decode(self._context, batch)
         finally:
             self._api.llama_batch_free(batch)
         if code != 0:
             raise MedllmError(f"llama.cpp could not compute {n} tokens (code {code})")
-        rows = n if every else 1
+        rows = sum(token.wanted for token in tokens)
+        if not rows:
+            return np.empty((0, self.n_vocab), dtype=np.float32)
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab)).copy()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import medllm_pack
 from medllm_pack.errors import MedllmError, WorkerError, shown
-from medllm_pack.parity.allowance import Allowance
+from medllm_pack.parity.allowance import TOGETHER, Allowance
 from medllm_pack.parity.process import ask, forbid_dumps, why
 
 Command = Sequence[str]
@@ -146,8 +146,13 @@ def _continue(
     from medllm_pack.parity.llamacpp import Model
 
     context = max(map(len, prompts)) + tokens + 1
-    with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
-        return {"ids": [loaded.continue_greedily(ids, tokens=tokens) for ids in prompts]}
+    groups = [prompts[at : at + TOGETHER] for at in range(0, len(prompts), TOGETHER)]
+    with Model(
+        Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers,
+        sequences=len(groups[0]),
+    ) as loaded:  # fmt: skip
+        written = [one for group in groups for one in loaded.follow_all(group, tokens=tokens)]
+    return {"ids": [[id_ for id_, _ in one] for one in written]}
 
 
 def _logits(
