@@ -36,8 +36,9 @@ from medllm_pack.digests import Digest
 from medllm_pack.known import Known
 from medllm_pack.ollama.image import Blob
 from medllm_pack.progress import Silent
-from medllm_pack.publish.hub_upload import Upload, library
-from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.publish.hub_library import library
+from medllm_pack.publish.hub_upload import Upload
+from medllm_pack.weights.answers import HUB, Address
 from medllm_pack.weights.cache import Cache, Item
 from medllm_pack.weights.download import Download
 address = Address("ns/model", "main", endpoint)
@@ -51,7 +52,7 @@ if way.startswith("up"):
 else:
     cache = Cache(folder, name="ns/model", revision="main")
     item = Item("weights.gguf", size, digest)
-    Download(item, "1" * 40, address, cache, Patience(), Silent()).run()
+    Download(item, "1" * 40, address, cache, HUB, Silent()).run()
 seconds = time.monotonic() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"seconds": seconds, "peak_mib": peak}))

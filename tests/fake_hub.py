@@ -72,7 +72,8 @@ class Faults:
     etags: dict[str, str] = field(default_factory=dict)  # announced instead of the right one
     sizes: dict[str, int] = field(default_factory=dict)  # listed instead of the right one
     seconds_per_chunk: float = 0.0
-    retry_after: str = ""
+    retry_after: str = ""  # with errors of the API and of the storage
+    trickle: int = 0  # bytes of a body that come one by one
     redirect_to: str = ""  # instead of the storage host
     part_size: int = 0  # of uploads in parts; 0 for whole files
     put_errors: list[int] = field(default_factory=list)
@@ -253,6 +254,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def send_error_code(self, status: int) -> None:
+        extra = {"Retry_After": self.faults.retry_after} if self.faults.retry_after else {}
+        self.send(status, b"", **extra)
+
     def send_file(self, name: str, data: bytes, **headers: str) -> None:
         """Send a file or the range of it that was asked for, and let the faults loose."""
         faults, record = self.faults, self.request_record
@@ -288,6 +293,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self.fake.lock:
             cut = self.faults.cut_after.pop(0) if self.faults.cut_after else None
             stall = self.faults.stall_after.pop(0) if self.faults.stall_after else None
+        for offset in range(self.faults.trickle):
+            self.wfile.write(data[offset : offset + 1])
+            time.sleep(0.05)
+        data = data[self.faults.trickle :]
         end = min(x for x in (cut, stall, len(data)) if x is not None)
         for offset in range(0, end, _CHUNK):
             chunk = data[offset : min(offset + _CHUNK, end)]
@@ -325,8 +334,7 @@ class _HubHandler(_Handler):
 
     def _api(self, repo: str, kind: str, revision: str) -> None:
         if self.faults.api_errors:
-            extra = {"Retry_After": self.faults.retry_after} if self.faults.retry_after else {}
-            self.send(self.faults.api_errors.pop(0), b"", **extra)
+            self.send_error_code(self.faults.api_errors.pop(0))
             return
         found = self._find(repo, revision)
         if found is None:
@@ -566,7 +574,7 @@ class _StorageHandler(_Handler):
         elif not name:
             self.send(403)
         elif self.faults.storage_errors:
-            self.send(self.faults.storage_errors.pop(0))
+            self.send_error_code(self.faults.storage_errors.pop(0))
         else:
             self.send_file(name, data, ETag='"of-the-storage"')
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medllm_pack.weights.answers import Patience
+from medllm_pack.patience import Patience
 
 QUICK = Patience(tries=3, first_wait_s=0.0, longest_wait_s=0.0, stall_s=10.0)
 

@@ -20,8 +20,8 @@ import pytest
 
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
+from medllm_pack.patience import Patience
 from medllm_pack.publish.papers import attach, media_type
-from medllm_pack.publish.patience import Patience
 from medllm_pack.publish.release import Release, Tagged
 from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.transport import Access

@@ -15,13 +15,14 @@ import pytest
 
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
+from medllm_pack.patience import Patience
 from medllm_pack.publish.download import fetch_blob
-from medllm_pack.publish.patience import GivenUpError, InterruptedTransferError, Patience
 from medllm_pack.publish.pull import pull
 from medllm_pack.publish.push import Options, push
 from medllm_pack.publish.registry import opened
 from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.transport import Access
+from medllm_pack.publish.trying import GivenUpError, InterruptedTransferError
 from tests.faulty import Request, cut, forward, serving, silence
 from tests.registries import Registry, needs, release
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from hypothesis import strategies as st
 
 from medllm_pack import resources
 from medllm_pack.errors import CheckpointError, MedllmError, SourceError, UsageError
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Silent
 from medllm_pack.weights import hub, listing, request
-from medllm_pack.weights.answers import Patience
 from medllm_pack.weights.hub import fetch
 from medllm_pack.weights.needed import Role
 from medllm_pack.weights.sources import LocalCopy, Source, parse_source
@@ -757,6 +758,24 @@ def test_a_stalled_connection_is_given_up_and_continued(server: FakeHub, get: Ge
     assert [r.start for r in server.downloads(WEIGHTS)] == [0, 300_000]
 
 
+def test_a_trickle_is_given_up_although_bytes_come(server: FakeHub, get: Get) -> None:
+    get(weights=False)
+    server.faults.trickle = 400
+    start = time.monotonic()
+    with pytest.raises(SourceError, match=r"stops at byte .* \(no answer in time\)"):
+        get(patience=replace(HASTY, tries=2))
+    assert time.monotonic() - start < 15  # the server would have trickled for longer
+    assert len(server.downloads(WEIGHTS)) == 2
+
+
+def test_a_few_bytes_a_try_do_not_go_on_for_ever(server: FakeHub, get: Get) -> None:
+    get(weights=False)
+    server.faults.cut_after = [1000] * 99
+    with pytest.raises(SourceError, match="stops at byte 4,000 of"):
+        get()
+    assert [r.start for r in server.downloads(WEIGHTS)] == [0, 1000, 2000, 3000]
+
+
 def test_trying_ends_and_the_next_run_continues(server: FakeHub, get: Get, cache: Path) -> None:
     get(weights=False)
     server.faults.cut_after = [100_000, 0, 0]
@@ -770,18 +789,32 @@ def test_trying_ends_and_the_next_run_continues(server: FakeHub, get: Get, cache
 
 def test_an_endless_storm_of_errors_ends(server: FakeHub, get: Get) -> None:
     server.faults.storage_errors = [503] * 99
-    with pytest.raises(SourceError, match="127.0.0.1 answered 503"):
+    with pytest.raises(SourceError, match="127.0.0.1 answers 503"):
         get()
     server.faults.storage_errors, server.faults.api_errors = [], [500] * 99
     with pytest.raises(SourceError, match=r"not reachable \(it answers 500\)"):
         get()
 
 
-def test_the_server_may_ask_for_a_pause(server: FakeHub, get: Get) -> None:
-    server.faults.api_errors, server.faults.retry_after = [429], "1"
+@pytest.mark.parametrize("how", ["number", "date"])
+@pytest.mark.parametrize("where", ["api_errors", "storage_errors"])
+def test_the_server_may_ask_for_a_pause(server: FakeHub, get: Get, where: str, how: str) -> None:
+    setattr(server.faults, where, [429])
+    # A date has whole seconds.
+    server.faults.retry_after = "1" if how == "number" else formatdate(time.time() + 2, usegmt=True)
     start = time.monotonic()
     get(patience=Patience(first_wait_s=0.0))
-    assert time.monotonic() - start >= 1
+    assert time.monotonic() - start >= 0.9
+
+
+@pytest.mark.parametrize("where", ["api_errors", "storage_errors"])
+def test_a_server_that_asks_for_a_long_pause_is_not_waited_for(
+    server: FakeHub, get: Get, where: str
+) -> None:
+    setattr(server.faults, where, [429])
+    server.faults.retry_after = "3600"
+    with pytest.raises(SourceError, match=r"answers 429; it asks for a pause of 3600 s\)"):
+        get()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", WEIGHTS])

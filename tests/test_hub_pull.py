@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from medllm_pack.errors import MedllmError, SourceError, UsageError
 from medllm_pack.gguf.reader import read_gguf
+from medllm_pack.patience import Patience
 from medllm_pack.publish.hub import publish_to_hub
 from medllm_pack.publish.hub_look import HubLook, look_at_hub
 from medllm_pack.publish.hub_pull import HubPulled, pull_from_hub
@@ -59,10 +61,10 @@ def pull(server: FakeHub, tmp_path: Path) -> Pull:
 
 @pytest.fixture
 def look(server: FakeHub, tmp_path: Path) -> Look:
-    def look(repository: str = REPO) -> HubLook:
+    def look(repository: str = REPO, *, patience: Patience = QUICK) -> HubLook:
         return look_at_hub(
             HubTarget(repository),
-            patience=QUICK,
+            patience=patience,
             endpoint=server.endpoint,
             cache=tmp_path / "hub",
         )
@@ -353,8 +355,18 @@ def test_headers_survive_accidents(
 
 def test_a_header_that_does_not_come_is_one_line(server: FakeHub, look: Look) -> None:
     server.faults.storage_errors = [503] * 99
-    with pytest.raises(MedllmError, match=r"do not arrive \(127.0.0.1 answered 503\)"):
+    with pytest.raises(MedllmError, match=r"do not arrive \(127.0.0.1 answers 503\)"):
         look()
+
+
+def test_a_header_that_trickles_is_one_line(server: FakeHub, look: Look, built_pack: Path) -> None:
+    server.repository("org/other").commit(weights_of(built_pack))
+    server.faults.storage_errors = [503]
+    server.faults.retry_after, server.faults.trickle = "1", 400
+    start = time.monotonic()
+    with pytest.raises(MedllmError, match=r"do not arrive \(no answer in time\)"):
+        look("org/other", patience=replace(QUICK, tries=2, stall_s=0.5))
+    assert 1 <= time.monotonic() - start < 15
 
 
 def test_a_lying_header_is_refused_as_in_a_file(server: FakeHub, look: Look) -> None:

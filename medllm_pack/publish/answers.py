@@ -13,9 +13,10 @@ import httpcore
 import httpx
 
 from medllm_pack.errors import TransferError, shown
+from medllm_pack.patience import retry_after
 from medllm_pack.publish.guard import Origin
-from medllm_pack.publish.patience import InterruptedTransferError, retry_after
 from medllm_pack.publish.proxy import proxy_for
+from medllm_pack.publish.trying import InterruptedTransferError
 
 KEPT: Final = 4 << 20  # bytes; the specification asks for 4 MiB of manifest
 PIECE: Final = 1 << 20  # bytes that are read or written at a time

@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -20,12 +20,11 @@ from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import TransferError
 from medllm_pack.incoming import Incoming, Passing
+from medllm_pack.patience import AGAIN
 from medllm_pack.publish.answers import PIECE, Answer, busy
 from medllm_pack.publish.bodies import Body
-from medllm_pack.publish.patience import AGAIN, InterruptedTransferError
 from medllm_pack.publish.registry import Registry
-
-_PROGRESS: Final = 1 << 20  # bytes after which a failure is a first one again
+from medllm_pack.publish.trying import InterruptedTransferError, insist
 
 
 def fetch_blob(
@@ -89,9 +88,8 @@ class _Download:
                 self._fetch()
                 continue
             except InterruptedTransferError as error:
-                # A few bytes a try would go on for ever.
-                failures = 1 if self.part.offset >= before + _PROGRESS else failures + 1
-                self.patience.wait(failures, error)
+                failures = self.patience.count(failures, gained=self.part.offset - before)
+                insist(self.patience, failures, error)
         return self.part.finish()
 
     def _fetch(self) -> None:

@@ -19,11 +19,12 @@ from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import SUMS, parse_sums
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Reporter
 from medllm_pack.publish.publication import NAME as RECORD
 from medllm_pack.publish.publication import overrides_in
 from medllm_pack.publish.targets import HubTarget
-from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.weights.answers import Address
 from medllm_pack.weights.cache import Cache, Item
 from medllm_pack.weights.download import bring
 from medllm_pack.weights.listing import item_of, list_files

@@ -20,10 +20,11 @@ from medllm_pack.known import Known
 from medllm_pack.ollama.placing import place
 from medllm_pack.pack.manifest import Document, chosen
 from medllm_pack.pack.sums import BESIDE, SUMS
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Reporter, Silent
 from medllm_pack.publish.hub_files import HubFiles, checked
 from medllm_pack.publish.targets import HubTarget
-from medllm_pack.weights.answers import Patience
+from medllm_pack.weights.answers import HUB
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def pull_from_hub(
     """
     if out.exists() and not replace:
         raise _exists(out)
-    hub = HubFiles(target, report or Silent(), patience or Patience(), cache, endpoint)
+    hub = HubFiles(target, report or Silent(), patience or HUB, cache, endpoint)
     document, sums = hub.manifest()
     variants = _present(chosen(document, quants), hub, asked=bool(quants))
     everywhere = {variant["file"] for variant in document["variants"]}

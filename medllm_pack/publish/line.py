@@ -16,7 +16,8 @@ from typing import Any, Final, Literal
 
 import httpcore
 
-_SLOWEST: Final = 1024  # bytes a second
+from medllm_pack.patience import Credit
+
 _SLICE: Final = 128 << 10  # of a body; between two of them an answer is looked for
 _NO_LIMIT: Final = 3600.0
 # An interim answer (1xx) means: go on.
@@ -38,16 +39,16 @@ class Line(httpcore.NetworkStream):
         self._socket: socket.socket | None = found
         self._early = b""  # what came while something was being sent
         self._doing: Literal["", "reading", "writing"] = ""
-        self._left_s = self._most_s = 0.0
+        self._credit = Credit(0.0)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what has come."""
         if self._early:
             data, self._early = self._early[:max_bytes], self._early[max_bytes:]
             return data
-        start = self._turn_to("reading", timeout)
-        data = self._inner.read(max_bytes, self._left_s)
-        self._account(len(data), start)
+        since = self._turn_to("reading", timeout)
+        data = self._inner.read(max_bytes, self._credit.left_s)
+        self._credit.spend(since, len(data))
         return data
 
     def read_into(self, buffer: memoryview, timeout: float) -> int:
@@ -56,15 +57,15 @@ class Line(httpcore.NetworkStream):
             data = self.read(min(len(buffer), _SLICE), timeout)
             buffer[: len(data)] = data
             return len(data)
-        start = self._turn_to("reading", timeout)
+        since = self._turn_to("reading", timeout)
         try:
-            self._socket.settimeout(self._left_s)
+            self._socket.settimeout(self._credit.left_s)
             n = self._socket.recv_into(buffer)
         except TimeoutError as error:
             raise httpcore.ReadTimeout("silence") from error
         except OSError as error:
             raise httpcore.ReadError("broken") from error
-        self._account(n, start)
+        self._credit.spend(since, n)
         return n
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -76,9 +77,9 @@ class Line(httpcore.NetworkStream):
         for position in range(0, len(buffer) or 1, _SLICE):
             if self._answered():
                 raise httpcore.WriteError("answered before all was sent")
-            start, piece = self._turn_to("writing", timeout), buffer[position : position + _SLICE]
-            self._inner.write(piece, self._left_s)
-            self._account(len(piece), start)
+            since, piece = self._turn_to("writing", timeout), buffer[position : position + _SLICE]
+            self._inner.write(piece, self._credit.left_s)
+            self._credit.spend(since, len(piece))
 
     def close(self) -> None:
         """Close it."""
@@ -99,19 +100,17 @@ class Line(httpcore.NetworkStream):
         return self._inner.get_extra_info(info)
 
     def _turn_to(self, doing: Literal["reading", "writing"], timeout: float | None) -> float:
-        """Begin to wait, with the whole time if it was the other's turn before."""
+        """Begin to wait, with the whole time if it was the other's turn before.
+
+        The time between two calls is not the other side's.
+        """
         if doing != self._doing:
             self._doing = doing
-            self._left_s = self._most_s = _NO_LIMIT if timeout is None else timeout
-        if self._left_s <= 0:
+            self._credit = Credit(_NO_LIMIT if timeout is None else timeout)
+        if self._credit.left_s <= 0:
             late = httpcore.ReadTimeout if doing == "reading" else httpcore.WriteTimeout
             raise late("it trickles")
         return time.monotonic()
-
-    def _account(self, n_bytes: int, start: float) -> None:
-        """Count what was waited; the time between two calls is not the other side's."""
-        left = self._left_s - (time.monotonic() - start) + n_bytes / _SLOWEST
-        self._left_s = min(left, self._most_s)
 
     def _answered(self) -> bool:
         if not self._inner.get_extra_info("is_readable"):

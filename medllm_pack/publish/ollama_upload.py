@@ -16,10 +16,11 @@ from urllib.parse import urljoin
 
 from medllm_pack.errors import TransferError
 from medllm_pack.ollama.image import Blob
+from medllm_pack.patience import AGAIN
 from medllm_pack.publish.answers import PIECE, Answer, busy
 from medllm_pack.publish.guard import Origin
-from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, StoppedError
 from medllm_pack.publish.registry import Registry
+from medllm_pack.publish.trying import InterruptedTransferError, StoppedError, insist
 
 # server/upload.go: sixteen parts, none smaller or larger than these.
 PARTS: Final = 16
@@ -169,7 +170,7 @@ class PartedUpload:
             except InterruptedTransferError as error:
                 failure = error
             failures += 1
-            patience.wait(failures, failure, stop=self.stop)
+            insist(patience, failures, failure, stop=self.stop)
 
     def _check_stop(self) -> None:
         if self.stop.is_set() or self._storing.failed:

@@ -16,10 +16,10 @@ from medllm_pack.errors import TransferError
 from medllm_pack.ollama import create
 from medllm_pack.ollama.image import DOCKER_MANIFEST
 from medllm_pack.publish.guard import Origin
-from medllm_pack.publish.patience import InterruptedTransferError
 from medllm_pack.publish.registry import Registry, opened
 from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.transport import Access
+from medllm_pack.publish.trying import InterruptedTransferError
 
 REMEDY = "docs/registry.md shows the few lines for nginx that help"
 

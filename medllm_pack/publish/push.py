@@ -22,12 +22,12 @@ from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
 from medllm_pack.publish.manifests import attach, put_image, put_tag
 from medllm_pack.publish.mounting import Places, mount_known
-from medllm_pack.publish.patience import InterruptedTransferError, StoppedError
 from medllm_pack.publish.probe import Verdict, probe
 from medllm_pack.publish.registry import Registry, opened
 from medllm_pack.publish.release import Release
 from medllm_pack.publish.targets import RegistryTarget, checked_tag
 from medllm_pack.publish.transport import Access
+from medllm_pack.publish.trying import InterruptedTransferError, StoppedError
 from medllm_pack.publish.upload import CHUNK, Sending, Sent, send_blob
 
 _AT_ONCE = 2  # blobs; one large one fills most lines

@@ -19,11 +19,12 @@ import httpx
 
 import medllm_pack
 from medllm_pack.errors import TransferError, shown
+from medllm_pack.patience import AGAIN, Patience
 from medllm_pack.publish.answers import BROKEN, FAILURES, Answer, busy, explained
 from medllm_pack.publish.credentials import Secret
 from medllm_pack.publish.guard import Origin, host_name, is_loopback
-from medllm_pack.publish.patience import AGAIN, InterruptedTransferError, Patience
 from medllm_pack.publish.pools import GuardedTransport
+from medllm_pack.publish.trying import InterruptedTransferError, insist
 
 _MOST_REDIRECTS = 5
 _CONNECT_S = 15.0
@@ -188,7 +189,7 @@ class Door:
             if not again:
                 raise failure
             failures += 1
-            self.access.patience.wait(failures, failure)
+            insist(self.access.patience, failures, failure)
 
     @contextmanager
     def _sent(

@@ -16,18 +16,13 @@ from urllib.parse import urljoin
 
 from medllm_pack.errors import TransferError
 from medllm_pack.ollama.image import Blob
+from medllm_pack.patience import AGAIN, retry_after
 from medllm_pack.publish.answers import Answer
 from medllm_pack.publish.journal import Entry, Journal
 from medllm_pack.publish.ollama_upload import PartedUpload
 from medllm_pack.publish.part import Meter, Part
-from medllm_pack.publish.patience import (
-    AGAIN,
-    GivenUpError,
-    InterruptedTransferError,
-    StoppedError,
-    retry_after,
-)
 from medllm_pack.publish.registry import Registry
+from medllm_pack.publish.trying import GivenUpError, InterruptedTransferError, StoppedError, insist
 
 CHUNK: Final = 64 << 20
 _RANGE: Final = re.compile(r"(?:bytes=)?0-(\d+)", re.ASCII)
@@ -116,7 +111,7 @@ class _Whole:
 
     def wait(self, failures: int, error: InterruptedTransferError) -> None:
         patience = self.registry.door.access.patience
-        patience.wait(failures, error, stop=self.sending.stop)
+        insist(patience, failures, error, stop=self.sending.stop)
         self.check_stop()
 
     def check_stop(self) -> None:

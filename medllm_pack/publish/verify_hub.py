@@ -22,6 +22,7 @@ from medllm_pack.ollama import create
 from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.sums import BESIDE, SUMS, read_sums
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Reporter
 from medllm_pack.publish.hub_content import BRIDGE
 from medllm_pack.publish.hub_files import HubFiles
@@ -37,7 +38,7 @@ from medllm_pack.publish.verify import (
     variants_check,
 )
 from medllm_pack.publish.verify_published import UNREAD, papers_checks, weights_checks
-from medllm_pack.weights.answers import Patience
+from medllm_pack.weights.answers import HUB
 from medllm_pack.weights.stream import OtherBytesError, Sink, Stream
 
 _PAPERS_LIMIT: Final = 64 << 20  # bytes of all papers
@@ -65,7 +66,7 @@ def verify_hub(
     Raises:
         SourceError: if it cannot be read, or is no pack.
     """
-    hub = HubFiles(target, report, patience or Patience(), cache, endpoint)
+    hub = HubFiles(target, report, patience or HUB, cache, endpoint)
     if lacking := [name for name in (PACK_JSON, SUMS) if not hub.has(name)]:
         raise SourceError(f"{target} holds no {' and no '.join(lacking)}; nothing to compare")
     checks = [Check("commit", True, hub.commit)]

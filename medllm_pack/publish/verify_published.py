@@ -69,9 +69,9 @@ def verify_registry(
         SourceError: if it is no model, or came without a pack's papers and no bytes are asked for.
     """
     from medllm_pack.publish.download import open_remote
-    from medllm_pack.publish.patience import InterruptedTransferError
     from medllm_pack.publish.pull import fetched, head
     from medllm_pack.publish.registry import opened
+    from medllm_pack.publish.trying import InterruptedTransferError
 
     for line in exposed(target.kind):
         report.notice(line)
@@ -201,7 +201,7 @@ def _bytes(registry: Any, images: Sequence[Image], report: Reporter) -> Check:
 
 def _faults(registry: Any, blobs: Mapping[Digest, int], report: Reporter) -> Iterator[str]:
     from medllm_pack.publish.download import digest_blob
-    from medllm_pack.publish.patience import InterruptedTransferError
+    from medllm_pack.publish.trying import InterruptedTransferError
 
     for digest, size in blobs.items():
         try:

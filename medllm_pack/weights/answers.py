@@ -6,20 +6,21 @@ Translates the errors of huggingface_hub and of the HTTP library below it. Sends
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from medllm_pack.errors import SourceError, TransferError, shown
+from medllm_pack.patience import AGAIN, Patience, retry_after
 
 # huggingface_hub takes a third of a second to import; folders do without it.
 if TYPE_CHECKING:
     from httpx2 import Response
     from huggingface_hub.errors import HfHubHTTPError
 
-PASSING = frozenset({408, 429, 500, 502, 503, 504})  # statuses worth another try
+HUB: Final = Patience(stall_s=30.0)  # a fresh connection costs little here
 
 _MEANINGS: Mapping[Any, str] = {
     ("GatedRepoError", 403): "your account has no access to the gated repository {repo} yet: ask "
@@ -52,26 +53,16 @@ _WRITING: Mapping[Any, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to insist.
+class PassingError(Exception):
+    """What another try may better.
 
     Attributes:
-        tries: failures in a row, without one new byte, after which a download is given up.
-        first_wait_s: pause after the first failure; it doubles with each further one.
-        longest_wait_s: bound of the pause, also where the server asks for more.
-        stall_s: silence after which a connection counts as dead.
+        asked_s: the pause that the server asked for.
     """
 
-    tries: int = 6
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 30.0
-    stall_s: float = 30.0
-
-    def wait(self, failures: int, asked_s: float = 0.0) -> None:
-        """Sleep before the next try."""
-        pause = max(self.first_wait_s * 2.0 ** max(failures - 1, 0), asked_s)
-        time.sleep(min(pause, self.longest_wait_s))
+    def __init__(self, problem: str, *, asked_s: float = 0.0) -> None:
+        super().__init__(problem)
+        self.asked_s = asked_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +126,33 @@ def told(error: Exception) -> str:
     return "no answer in time" if name.endswith("Timeout") else f"network error: {name}"
 
 
-def retry_after(response: Response) -> float:
-    """Return the pause in seconds that the server asks for."""
-    text = response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() else 0.0
+@contextmanager
+def understood(address: Address, file: str = "") -> Iterator[None]:
+    """Turn what goes wrong while the Hub answers into what it means.
+
+    Args:
+        address: the repository.
+        file: which of its files is asked for.
+
+    Raises:
+        SourceError: if it is final.
+        PassingError: if another try may better it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code not in AGAIN:
+            raise address.explained(error, file) from error
+        raise busy(error.response, "it") from error
+    except network_error() as error:
+        raise PassingError(told(error)) from error
+    except TimeoutError as error:
+        raise PassingError("no answer in time") from error
+
+
+def busy(response: Response, who: str) -> PassingError:
+    """Return what an answer means that another try may better."""
+    asked_s = retry_after(response.headers)
+    return PassingError(f"{who} answers {response.status_code}", asked_s=asked_s)

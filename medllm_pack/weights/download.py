@@ -19,8 +19,9 @@ from pathlib import Path
 from medllm_pack import files
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.incoming import Incoming
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Reporter
-from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.weights.answers import Address
 from medllm_pack.weights.cache import Cache, Item
 from medllm_pack.weights.sources import LocalFile
 from medllm_pack.weights.stream import Sink, Stream

@@ -1,8 +1,8 @@
 """From a source to its files on this machine, if need be from the Hugging Face Hub.
 
 A branch or tag is turned into its commit once; only the files that packing needs are brought, and
-nothing but the cache is used where the Hub gives no answer. With answers.py and download.py the
-only user of huggingface_hub, which is imported when a repository is asked for.
+nothing but the cache is used where the Hub gives no answer. huggingface_hub is imported when a
+repository is asked for.
 
 Knows nothing of tensors, and leaves to download.py how a file comes over.
 """
@@ -10,12 +10,14 @@ Knows nothing of tensors, and leaves to download.py how a file comes over.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from medllm_pack.errors import SourceError
+from medllm_pack.patience import Patience
 from medllm_pack.progress import Reporter
-from medllm_pack.weights.answers import Address, Patience
+from medllm_pack.weights.answers import HUB, Address
 from medllm_pack.weights.cache import Cache, Item
 from medllm_pack.weights.checkpoint import INDEX, SINGLE
 from medllm_pack.weights.download import bring
@@ -92,7 +94,7 @@ class _Repository:
         self.role = role
         self.report = report
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.patience = patience or Patience()
+        self.patience = patience or HUB
         self.address = Address(self.name, self.revision, self.endpoint)
         root = cache or Path(constants.HF_HUB_CACHE)
         self.cache = Cache(root, name=self.name, revision=self.revision)
@@ -105,8 +107,9 @@ class _Repository:
     def from_hub(self, *, weights: bool) -> LocalCopy:
         """Bring what is needed. Small files come first: where weights are, all else is."""
         # With a complete cache to fall back on, a Hub that is down should cost no minute.
-        tries = 1 if self.cache.is_complete(self.role) else self.patience.tries
-        commit, listing = list_files(self.address, patience=self.patience, tries=tries)
+        hasty = replace(self.patience, tries=1)
+        patience = hasty if self.cache.is_complete(self.role) else self.patience
+        commit, listing = list_files(self.address, patience=patience)
         listing = {name: sibling for name, sibling in listing.items() if "/" not in name}
         check_names(listing, self.role, self.name)
         self.cache.remember(commit)

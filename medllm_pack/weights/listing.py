@@ -7,65 +7,63 @@ a path. Brings no files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medllm_pack import __version__
 from medllm_pack.errors import SourceError, shown
-from medllm_pack.weights.answers import PASSING, Address, Patience, network_error, retry_after, told
+from medllm_pack.patience import Patience
+from medllm_pack.weights.answers import Address, PassingError, understood
 from medllm_pack.weights.cache import COMMIT, DIGEST, Item
 from medllm_pack.weights.needed import check_small
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 
 class UnreachableError(SourceError):
     """The Hub gave no answer; a cache may still have one."""
 
 
-def list_files(
-    address: Address, *, patience: Patience, tries: int | None = None
-) -> tuple[str, Mapping[str, Any]]:
+def list_files(address: Address, *, patience: Patience) -> tuple[str, Mapping[str, Any]]:
     """Return the commit and its files as the Hub library gives them; see :func:`item_of`.
 
     Args:
         address: the repository and revision.
         patience: how often and how long to try.
-        tries: how often, if not as often as patience says.
 
     Raises:
         SourceError: if there is no such repository or revision, or it may not be read.
         UnreachableError: if the Hub gives no answer.
     """
+    failures = 0
+    while True:
+        try:
+            info = _info(address, patience)
+            break
+        except PassingError as error:
+            failures += 1
+            if said := patience.given_up(failures, str(error), asked_s=error.asked_s):
+                raise UnreachableError(f"{address.host} is not reachable ({said})") from error
+            patience.wait(failures, asked_s=error.asked_s)
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise no_hub(address)
+    return str(info.sha), {sibling.rfilename: sibling for sibling in info.siblings or ()}
+
+
+def _info(address: Address, patience: Patience) -> ModelInfo:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(endpoint=address.endpoint, library_name="medllm-pack", library_version=__version__)
-    tries = tries or patience.tries
-    for failures in range(1, tries + 1):
-        wait_s = 0.0
-        cause: Exception
-        try:
-            info = api.model_info(
+    try:
+        with understood(address):
+            return api.model_info(
                 address.name,
                 revision=address.revision,
                 files_metadata=True,
                 timeout=patience.stall_s,
             )
-            break
-        except HfHubHTTPError as error:
-            if error.response.status_code not in PASSING:
-                raise address.explained(error) from error
-            problem, cause = f"it answers {error.response.status_code}", error
-            wait_s = retry_after(error.response)
-        except network_error() as error:
-            problem, cause = told(error), error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise no_hub(address) from error
-        if failures < tries:
-            patience.wait(failures, wait_s)
-    else:
-        raise UnreachableError(f"{address.host} is not reachable ({problem})") from cause
-    if not COMMIT.fullmatch(info.sha or ""):
-        raise no_hub(address)
-    return str(info.sha), {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise no_hub(address) from error
 
 
 def no_hub(address: Address) -> SourceError:

@@ -9,7 +9,8 @@ import io
 from typing import TYPE_CHECKING
 
 from medllm_pack.errors import SourceError, shown
-from medllm_pack.weights.answers import PASSING, Address, Patience, network_error, told
+from medllm_pack.patience import AGAIN, Patience, paced
+from medllm_pack.weights.answers import Address, PassingError, busy, understood
 from medllm_pack.weights.cache import Item
 from medllm_pack.weights.request import opened
 
@@ -58,27 +59,25 @@ class RemoteFile(io.RawIOBase):
         self.fetched += stop - self._start
 
     def _range(self, start: int, stop: int) -> bytes:
-        from huggingface_hub.errors import HfHubHTTPError
-
-        problem = ""
-        for failures in range(1, self._patience.tries + 1):
+        failures = 0
+        while True:
             try:
-                data, problem = self._once(start, stop)
-                if len(data) == stop - start:
-                    return data
-            except HfHubHTTPError as error:
-                raise self._address.explained(error, self._item.name) from error
-            except network_error() as error:
-                problem = told(error)
-            if failures < self._patience.tries:
-                self._patience.wait(failures)
-        raise SourceError(
-            f"the first bytes of {shown(self._item.name)} of {self._address.name} do not arrive "
-            f"({problem}); try again later"
-        )
+                with understood(self._address, self._item.name):
+                    return self._once(start, stop)
+            except PassingError as error:
+                failures += 1
+                self._wait(failures, error)
 
-    def _once(self, start: int, stop: int) -> tuple[bytes, str]:
-        """Return bytes, too few where the answer was of no use, and why."""
+    def _wait(self, failures: int, error: PassingError) -> None:
+        asked_s = error.asked_s
+        if said := self._patience.given_up(failures, str(error), asked_s=asked_s):
+            raise SourceError(
+                f"the first bytes of {shown(self._item.name)} of {self._address.name} do not "
+                f"arrive ({said}); try again later"
+            ) from error
+        self._patience.wait(failures, asked_s=asked_s)
+
+    def _once(self, start: int, stop: int) -> bytes:
         with opened(
             self._item,
             self._commit,
@@ -87,25 +86,23 @@ class RemoteFile(io.RawIOBase):
             wanted=f"bytes={start}-{stop - 1}",
         ) as (response, at_home):
             skip = self._skip(response, start, at_home=at_home)
-            if skip is None:
-                return b"", f"{response.url.host} answered {response.status_code}"
             data = bytearray()
-            for chunk in response.iter_bytes():
+            for chunk in paced(response.iter_bytes(), stall_s=self._patience.stall_s):
                 data += chunk
                 if len(data) >= skip + stop - start:
-                    break
-            return bytes(data[skip : skip + stop - start]), "the connection ended early"
+                    return bytes(data[skip : skip + stop - start])
+        raise PassingError("the connection ended early")
 
-    def _skip(self, response: Response, start: int, *, at_home: bool) -> int | None:
-        """Return how many bytes stand before the wanted ones; None if there are none."""
+    def _skip(self, response: Response, start: int, *, at_home: bool) -> int:
+        """Return how many bytes stand before the wanted ones."""
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-        if response.status_code == 206:
-            sent = response.headers.get("Content-Range", "")
-            return 0 if sent.startswith(f"bytes {start}-") else None
-        if response.status_code == 200:
+        status, sent = response.status_code, response.headers.get("Content-Range", "")
+        if status == 206 and sent.startswith(f"bytes {start}-"):
+            return 0
+        if status == 200 and start <= _LARGEST:
             # A server without ranges; a header at the start of the file is still within reach.
-            return start if start <= _LARGEST else None
-        if at_home and response.status_code not in PASSING:
+            return start
+        if at_home and status not in AGAIN:
             hf_raise_for_status(response)
-        return None
+        raise busy(response, response.url.host)

@@ -9,21 +9,16 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from medllm_pack.errors import SourceError, shown
 from medllm_pack.incoming import Incoming, Passing
+from medllm_pack.patience import AGAIN, Credit, Patience, paced
 from medllm_pack.progress import Reporter
-from medllm_pack.weights.answers import (
-    PASSING,
-    Address,
-    Patience,
-    network_error,
-    retry_after,
-    told,
-)
+from medllm_pack.weights.answers import Address, PassingError, busy, understood
 from medllm_pack.weights.cache import Item
 from medllm_pack.weights.request import opened
 
@@ -33,14 +28,6 @@ if TYPE_CHECKING:
 
 class OtherBytesError(SourceError):
     """What comes cannot be the file."""
-
-
-class _TryAgainError(Exception):
-    """An answer that another try may better."""
-
-    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait_s = wait_s
 
 
 class Sink:
@@ -135,30 +122,26 @@ class Stream:
             SourceError: if they do not come.
             OtherBytesError: if they are too many.
         """
-        from huggingface_hub.errors import HfHubHTTPError
-
-        title, failures = f"{shown(self.item.name)} of {self.address.name}", 0
+        failures = 0
         while sink.offset < self.item.size:
-            before, wait_s = sink.furthest, 0.0
-            cause: Exception | None = None
+            before = sink.furthest
             try:
-                self._stream(sink)
-                problem = "the connection ended early"
-            except _TryAgainError as error:
-                problem, wait_s, cause = str(error), error.wait_s, error
-            except HfHubHTTPError as error:
-                raise self.address.explained(error, self.item.name) from error
-            except network_error() as error:
-                problem, cause = told(error), error
-            if sink.offset == self.item.size:
-                return
-            failures = 1 if sink.furthest > before else failures + 1
-            if failures >= self.patience.tries:
-                raise SourceError(
-                    f"{title} stops at byte {sink.offset:,} of {self.item.size:,} "
-                    f"({problem}); {sink.after_a_stop}"
-                ) from cause
-            self.patience.wait(failures, wait_s)
+                with understood(self.address, self.item.name):
+                    self._stream(sink)
+            except PassingError as error:
+                if sink.offset == self.item.size:
+                    return
+                failures = self.patience.count(failures, gained=sink.furthest - before)
+                self._wait(failures, error, sink)
+
+    def _wait(self, failures: int, error: PassingError, sink: Sink) -> None:
+        asked_s = error.asked_s
+        if said := self.patience.given_up(failures, str(error), asked_s=asked_s):
+            raise SourceError(
+                f"{shown(self.item.name)} of {self.address.name} stops at byte {sink.offset:,} of "
+                f"{self.item.size:,} ({said}); {sink.after_a_stop}"
+            ) from error
+        self.patience.wait(failures, asked_s=asked_s)
 
     def _stream(self, sink: Sink) -> None:
         with opened(
@@ -169,11 +152,13 @@ class Stream:
             wanted=f"bytes={sink.offset}-" if sink.offset else None,
         ) as (response, at_home):
             self._check_status(response, sink, at_home=at_home)
-            pieces = response.iter_raw()
+            pieces = paced(response.iter_raw(), stall_s=self.patience.stall_s)
             _add(next(pieces, b""), sink)  # and the parser is empty
             if not self._receive(response, sink):
                 for piece in pieces:
                     _add(piece, sink)
+        if sink.offset < self.item.size:
+            raise PassingError("the connection ended early")
 
     def _receive(self, response: Response, sink: Sink) -> bool:
         """Receive the rest from the connection itself, if it is all that follows there.
@@ -189,16 +174,8 @@ class Stream:
             return False
         connection: socket.socket = stream.get_extra_info("socket")
         left = int(stated) - response.num_bytes_downloaded
-        while left > 0:
-            try:
-                connection.settimeout(self.patience.stall_s)
-                n = connection.recv_into(sink.room()[:left])
-            except TimeoutError as error:
-                raise _TryAgainError("no answer in time") from error
-            except OSError as error:
-                raise _TryAgainError(f"network error: {type(error).__name__}") from error
-            if not n:
-                break
+        credit = Credit(self.patience.stall_s)
+        while left > 0 and (n := _received(connection, sink.room()[:left], credit)):
             left -= n
             sink.filled(n)
         return True
@@ -211,20 +188,32 @@ class Stream:
         if status == 206:
             if not _continues(response, sink):
                 sink.restart()
-                raise _TryAgainError("the server sent another range than it was asked for")
+                raise PassingError("the server sent another range than it was asked for")
         elif status == 200:
             sink.restart()
         elif status == 416:
             sink.restart()
-            raise _TryAgainError("the server refused the range")
-        elif status in PASSING or not at_home:
-            # Behind the Hub, 403 is an address that expired; the next try gets a fresh one.
-            raise _TryAgainError(
-                f"{response.url.host} answered {status}", wait_s=retry_after(response)
-            )
+            raise PassingError("the server refused the range")
         else:
-            hf_raise_for_status(response)
-            raise _TryAgainError(f"{response.url.host} answered {status}")
+            # Behind the Hub, 403 is an address that expired; the next try gets a fresh one.
+            if at_home and status not in AGAIN:
+                hf_raise_for_status(response)
+            raise busy(response, response.url.host)
+
+
+def _received(connection: socket.socket, room: memoryview, credit: Credit) -> int:
+    """Receive into memory; return the number of bytes, 0 at the end."""
+    credit.check()
+    since = time.monotonic()
+    connection.settimeout(credit.left_s)
+    try:
+        n = connection.recv_into(room)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise PassingError(f"network error: {type(error).__name__}") from error
+    credit.spend(since, n)
+    return n
 
 
 def _add(data: bytes, sink: Sink) -> None:
