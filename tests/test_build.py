@@ -26,7 +26,8 @@ from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import Built, build
 from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.progress import Silent
+from medllm_pack.progress import Reporter, Silent
+from medllm_pack.quant import kernels
 from medllm_pack.quant.mixes import load_mix, mix_names
 from medllm_pack.recipe import load_recipe
 from tests import llama_worker, pico
@@ -51,6 +52,7 @@ def run(
     base: Path | None = None,
     adapter: Path | None = None,
     merged: Path | None = None,
+    report: Reporter | None = None,
 ) -> Built:
     """Build a pack of folders with the library."""
     sources = {"base": base, "adapter": adapter, "merged": merged}
@@ -59,7 +61,7 @@ def run(
     request = Request(
         recipe=load_recipe(recipe), folder=recipe.parent, out=out, variants=quants, imatrix=imatrix
     )
-    return build(make_plan(request, report=Silent()), threads=threads)
+    return build(make_plan(request, report=Silent()), threads=threads, report=report)
 
 
 def variant(out: Path, name: str) -> Path:
@@ -351,6 +353,32 @@ def test_adapter_changes_its_targets_and_nothing_else(
         if not np.array_equal(a.data, b.data)
     }
     assert changed == {f"blk.{i}.attn_{kind}.weight" for i in (0, 1) for kind in "qv"}
+
+
+class Prepared(Silent):
+    """Notes each step, and how many kernels had been compiled by then."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+
+    def step(self, name: str, *, total_bytes: int | None = None) -> None:
+        self.steps[name] = kernels._compiled.cache_info().misses
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("quant", ["f16", "q8_0"])
+def test_what_is_compiled_is_compiled_before_the_pass(
+    tmp_path: Path, tokenizer: bytes, dtype: str, quant: str
+) -> None:
+    base = pico.write_model(tmp_path / "base", dtype=dtype, tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "adapter")
+    kernels._compiled.cache_clear()
+    report = Prepared()
+    run(tmp_path / "p", quants=[quant], base=base, adapter=adapter, report=report)
+    needs_kernels = dtype != "F16" or quant != "f16"
+    assert ("preparing kernels" in report.steps) == needs_kernels
+    assert "preparing the merge" in report.steps
+    assert report.steps["building"] == kernels._compiled.cache_info().misses
 
 
 @pytest.mark.parametrize("shape", [pico.LLAMA, pico.MISTRAL], ids=["llama", "mistral"])

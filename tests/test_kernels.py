@@ -254,21 +254,14 @@ def test_rounding_to_half_is_that_of_libggml() -> None:
     assert kernels.narrow(values).tobytes() == ggml.quantize(values[None], "F16").tobytes()
 
 
-def test_bfloats_widen_by_their_bits() -> None:
-    every = np.arange(1 << 16, dtype=np.uint16)
-    assert np.array_equal(kernels.widen_bfloat(every).view(np.uint32) >> 16, every)
-
-
 @pytest.mark.parametrize("n", [0, 1, 17, 4096, 4097, 4111, 5000])
 def test_conversions_take_any_number_of_values(n: int) -> None:
     values = np.linspace(-70000, 70000, max(n, 1), dtype=np.float32)[:n]
     with np.errstate(over="ignore"):
         halves = values.astype(np.float16)
-    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     assert np.array_equal(kernels.narrow(values), halves)
     assert np.array_equal(kernels.widen(halves), halves.astype(np.float32))
     assert np.array_equal(kernels.widen(halves[::-1]), halves[::-1].astype(np.float32))
-    assert np.array_equal(kernels.widen_bfloat(bits).view(np.uint32) >> 16, bits)
 
 
 class Listener(Silent):
@@ -289,6 +282,8 @@ def test_warm_up_shows_a_step_if_there_is_something_to_prepare() -> None:
     assert listener.steps == []
     kernels.warm_up([("Q8_0", False), ("Q8_0", True), ("F16", False)], report=listener)
     assert listener.steps == ["preparing kernels"]
+    kernels.warm_up([("F16", False)], narrowing=True, report=listener)
+    assert listener.steps == ["preparing kernels"] * 2
 
 
 def test_what_compiles_too_long_is_left_to_libggml(monkeypatch: pytest.MonkeyPatch) -> None:

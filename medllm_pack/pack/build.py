@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -90,7 +91,7 @@ def build(
     report = report or Silent()
     threads = threads or len(os.sched_getaffinity(0))
     out = plan.request.out
-    quantize = _quantizer(_kinds(plan), device, report)
+    quantize = _quantizer(plan, device, report)
     with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):
         inputs, digests = _stream(plan, folder, quantize, threads=threads, report=report)
         _compare_with_hub(plan, inputs)
@@ -210,11 +211,16 @@ def memory_bytes(files: int, *, threads: int) -> int:
     return (170 << 20) + (threads + 1) * block + files * (KEPT_BYTES + (8 << 20))
 
 
-def _quantizer(needs: set[tuple[str, bool]], device: DeviceName, report: Reporter) -> Quantizer:
-    """Return what quantizes, ready for every type that will be needed."""
+def _quantizer(plan: Plan, device: DeviceName, report: Reporter) -> Quantizer:
+    """Return what quantizes, with all that has to be compiled for the pass."""
+    needs, narrowing = _kinds(plan), bool(plan.stored - {"F16"})
+    if plan.adapter is not None:
+        report.step("preparing the merge")
+        import_module("medllm_pack.weights.merging")
     if device == "cpu":
-        kernels.warm_up(needs, report=report)
+        kernels.warm_up(needs, narrowing=narrowing, report=report)
         return kernels.quantize
+    kernels.warm_up((), narrowing=narrowing, report=report)
     from medllm_pack.quant.device import door  # imports torch
 
     door.require(device)

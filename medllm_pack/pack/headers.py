@@ -17,6 +17,7 @@ from medllm_pack.pack.inputs import Inputs
 from medllm_pack.weights.adapter_config import AdapterConfig
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.documents import strict_json
+from medllm_pack.weights.header import DType
 from medllm_pack.weights.merged import Merged
 
 
@@ -27,11 +28,13 @@ class Headers:
     Attributes:
         adapter: the adapter's configuration; None if merged weights are packed.
         adapter_tensors: tensors of the adapter.
+        stored: types in which the matrices are stored.
         notices: decisions that the user should know.
     """
 
     adapter: AdapterConfig | None = None
     adapter_tensors: int = 0
+    stored: frozenset[DType] = frozenset()
     notices: tuple[str, ...] = ()
 
 
@@ -61,12 +64,13 @@ def read_headers(inputs: Inputs, config: llama.LlamaConfig) -> Headers:
             raise PlanError("weights", problems)
         ignored = [n for n in source.tensors if llama.is_ignored(n, tied=config.tied)]
         notices = [f"{n} is left out: the embeddings are tied" for n in ignored if n == llama.HEAD]
+        stored = frozenset(spec.dtype for spec in source.tensors.values() if len(spec.shape) > 1)
         if not isinstance(source, Merged):
-            return Headers(notices=tuple(notices))
+            return Headers(stored=stored, notices=tuple(notices))
         adapter = source.adapter
         if adapter.config.fan_in_fan_out:
             notices.append("fan_in_fan_out is set and ignored, as PEFT does for linear layers")
-        return Headers(adapter.config, adapter.n_tensors, tuple(notices))
+        return Headers(adapter.config, adapter.n_tensors, stored, tuple(notices))
 
 
 def _problems(source: Checkpoint | Merged, config: llama.LlamaConfig) -> Iterator[str]:

@@ -29,6 +29,7 @@ from medllm_pack.progress import Reporter
 from medllm_pack.quant.importance import Importance, read_importance
 from medllm_pack.recipe import Recipe
 from medllm_pack.weights.adapter_config import AdapterConfig
+from medllm_pack.weights.header import DType
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Plan:
         inputs: local copies of what is read.
         adapter: what the adapter's configuration says; None if merged weights are packed.
         adapter_tensors: tensors of the adapter; each is used exactly once.
+        stored: types in which the matrices of the model are stored.
         files: one a variant, in the order asked for.
         deviations: how base and adapter differ from what the recipe expects.
         notices: decisions that the user should know.
@@ -80,6 +82,7 @@ class Plan:
     vocabulary: Vocabulary
     adapter: AdapterConfig | None
     adapter_tensors: int
+    stored: frozenset[DType]
     files: tuple[PlannedFile, ...]
     style: Style
     importance: Importance | None
@@ -164,7 +167,7 @@ def make_plan(request: Request, *, report: Reporter, weights: bool = True) -> Pl
     )  # fmt: skip
     return Plan(
         request, name, inputs, config, vocabulary, headers.adapter, headers.adapter_tensors,
-        planned, style, importance, differences, notices, texts,
+        headers.stored, planned, style, importance, differences, notices, texts,
     )  # fmt: skip
 
 

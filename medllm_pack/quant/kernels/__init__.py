@@ -3,8 +3,8 @@
 :func:`quantize` is the one way in. It calls a kernel of this folder where there is one, and libggml
 for the other types (IQ1 to IQ3, TQ, F16 …). numba is imported, and a kernel compiled, when it is
 first needed; :func:`warm_up` does that ahead. Compiled kernels stay in numba's cache: beside these
-files, else in the user's cache folder, or where NUMBA_CACHE_DIR says. :func:`widen`,
-:func:`narrow` and :func:`widen_bfloat` convert 16-bit values faster than numpy does.
+files, else in the user's cache folder, or where NUMBA_CACHE_DIR says. :func:`widen`
+and :func:`narrow` convert F16 values faster than numpy does.
 
 MEDLLM_KERNELS=ggml in the environment leaves everything to libggml, and conversions to numpy.
 """
@@ -85,7 +85,12 @@ def quantize(
     return out
 
 
-def warm_up(needs: Iterable[tuple[str, bool]], *, report: Reporter | None = None) -> None:
+def warm_up(
+    needs: Iterable[tuple[str, bool]],
+    *,
+    narrowing: bool = False,
+    report: Reporter | None = None,
+) -> None:
     """Compile the kernels that will be needed, and :func:`widen`, or load them from the cache.
 
     What is not ready after ``COMPILE_SECONDS`` is left to libggml in this process: slower, and the
@@ -93,10 +98,14 @@ def warm_up(needs: Iterable[tuple[str, bool]], *, report: Reporter | None = None
 
     Args:
         needs: type, and whether with an importance matrix.
+        narrowing: whether :func:`narrow` will be needed too.
         report: listener.
     """
     ours = sorted({need for need in needs if _is_ours(*need)})
-    if not ours:
+    conversions = ["widen_half"] if ours else []
+    if narrowing and not is_switched_off():
+        conversions.append("narrow_to_half")
+    if not conversions:
         return
     report = report or Silent()
     report.step("preparing kernels")
@@ -107,7 +116,8 @@ def warm_up(needs: Iterable[tuple[str, bool]], *, report: Reporter | None = None
             report.notice(f"compiling took too long: {need[0]} is left to libggml, which is slower")
         else:
             _kernel(*need)
-    _compiled("halves", "widen_half")
+    for name in conversions:
+        _compiled("halves", name)
 
 
 def widen(halves: NDArray[np.float16]) -> NDArray[np.float32]:
@@ -123,13 +133,6 @@ def narrow(values: NDArray[np.float32]) -> NDArray[np.float16]:
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
     return _converted("narrow_to_half", values, np.empty(values.shape, np.float16))
-
-
-def widen_bfloat(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return BF16 values, given by their bits, as float32."""
-    if not _is_worth_it(bits):
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return _converted("widen_bfloat", bits, np.empty(bits.shape, np.float32))
 
 
 def _is_worth_it(values: NDArray[Any]) -> bool:

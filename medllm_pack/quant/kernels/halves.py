@@ -1,4 +1,4 @@
-"""F16 to F32 and back, and BF16 to F32: a value in each lane.
+"""F16 to F32 and back: a value in each lane.
 
 The arguments are those of all kernels; only the addresses and the number of values mean something.
 There must be ``WIDTH`` values at least: the last vector ends at the last value and overlaps the one
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from medllm_pack.quant.kernels.lanes import (
     WIDTH,
-    from_bits,
     kernel,
     load_floats,
     load_shorts,
@@ -33,11 +32,3 @@ def narrow_to_half(values: int, _importance: int, _period: int, out: int, count:
     for i in range(0, count, WIDTH):
         at = min(i, count - WIDTH)
         store_shorts(to_half(load_floats(values + 4 * at)), out + 2 * at)
-
-
-@kernel
-def widen_bfloat(values: int, _importance: int, _period: int, out: int, count: int) -> None:
-    """``ggml_bf16_to_fp32_row``."""
-    for i in range(0, count, WIDTH):
-        at = min(i, count - WIDTH)
-        store_floats(from_bits(load_shorts(values + 2 * at) << 16), out + 4 * at)
