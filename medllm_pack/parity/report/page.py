@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medllm_pack.parity.report import plots
+from medllm_pack.parity.report import heat, plots
 from medllm_pack.parity.report.markup import Markup, tag
 from medllm_pack.parity.report.words import LANGUAGES, TAGS, Words
 
@@ -162,14 +162,14 @@ def _figures(parity: Document, words: Words) -> Iterator[Markup]:
     yield _figure("top", plots.agreement(variants, words), words)
     parts = []
     for number, v in enumerate(variants):
-        if plots.lossy(v):
-            parts += [tag("h3", v["quant"]), _wide(plots.errors(v, number, words), v["quant"])]
+        if heat.lossy(v):
+            parts += [tag("h3", v["quant"]), _wide(heat.errors(v, number, words), v["quant"])]
         elif v["tensors"]:
             n = str(len(v["tensors"]))
             parts.append(tag("p", words("heat_none", quant=v["quant"], n=n)))
     if parts:
         note = tag("p", words("heat_note"), class_="note")
-        legend = _wide(plots.shades(words), words("heat_legend"))
+        legend = _wide(heat.shades(words), words("heat_legend"))
         yield tag("section", tag("h2", words("heat_title")), note, legend, *parts)
 
 
