@@ -68,6 +68,13 @@ def variant(out: Path, name: str) -> Path:
     return out / f"Pico-{name}.gguf"
 
 
+def pico_file(folder: Path, tokenizer: bytes, name: str) -> Path:
+    """Return a GGUF file of a pico model, built inside a folder."""
+    base = pico.write_model(folder / "base", tokenizer=tokenizer)
+    run(folder / "pack", quants=[name], merged=base)
+    return variant(folder / "pack", name)
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,18 +9,14 @@ import pytest
 
 from medllm_pack.errors import MedllmError
 from medllm_pack.parity.llamacpp import Model
-from tests import pico
-from tests.test_build import run, variant
+from tests.test_build import pico_file
 
 TEXTS = ["Paciente de 64 anos", " dor  torácica\n", "µg, 10⁹/L 🩺", "</s>", ""]
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
-    folder = tmp_path_factory.mktemp("door")
-    base = pico.write_model(folder / "base", tokenizer=tokenizer)
-    run(folder / "pack", quants=["f32"], merged=base)
-    return variant(folder / "pack", "F32")
+    return pico_file(tmp_path_factory.mktemp("door"), tokenizer, "F32")
 
 
 def test_tokens_logits_and_text_equal_llama_cpp_pythons(file: Path) -> None:

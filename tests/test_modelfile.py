@@ -91,23 +91,23 @@ NUMBERS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(
+def _with_stops(numbers: dict[str, Any], stops: tuple[str, ...]) -> dict[str, ParameterValue]:
+    return numbers | ({"stop": stops} if stops else {})
+
+
+MODELFILES = st.builds(
+    Modelfile,
+    from_=st.just("./model.gguf"),
     template=HARMLESS.filter(bool),
     system=HARMLESS,
-    license=st.lists(HARMLESS, max_size=2),
-    stops=STOPS,
-    numbers=NUMBERS,
+    parameters=st.builds(_with_stops, NUMBERS, STOPS),
+    license=st.lists(HARMLESS, max_size=2).map(tuple),
 )
-def test_harmless_texts_are_read_back_as_they_were(
-    template: str,
-    system: str,
-    license: list[str],
-    stops: tuple[str, ...],
-    numbers: dict[str, ParameterValue],
-) -> None:
-    parameters = numbers | ({"stop": stops} if stops else {})
-    value = Modelfile("./model.gguf", template, system, parameters, tuple(license))
+
+
+@settings(max_examples=400, deadline=None)
+@given(value=MODELFILES)
+def test_harmless_texts_are_read_back_as_they_were(value: Modelfile) -> None:
     assert read_back(render(value)) == value
 
 

@@ -12,7 +12,7 @@ from medllm_pack.ollama.reading import read_modelfile
 from medllm_pack.ollama.style import Style, style_names
 from medllm_pack.ollama.template import Message, Template
 from tests.conftest import Renderer
-from tests.test_modelfile import HARMLESS, NUMBERS, STOPS
+from tests.test_modelfile import MODELFILES
 
 CHATS: list[list[Message]] = [
     [("user", "U")],
@@ -94,22 +94,8 @@ def test_other_templates_are_refused(text: str, said: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    template=HARMLESS.filter(bool),
-    system=HARMLESS,
-    license=st.lists(HARMLESS, max_size=2),
-    stops=STOPS,
-    numbers=NUMBERS,
-)
-def test_modelfile_that_was_written_is_read_again(
-    template: str,
-    system: str,
-    license: list[str],
-    stops: tuple[str, ...],
-    numbers: dict[str, bool | int | float],
-) -> None:
-    parameters = numbers | ({"stop": stops} if stops else {})
-    value = Modelfile("./model.gguf", template, system, parameters, tuple(license))
+@given(value=MODELFILES)
+def test_modelfile_that_was_written_is_read_again(value: Modelfile) -> None:
     assert read_modelfile(render(value, name="a/b:c", file="Modelfile.f16")) == value
 
 

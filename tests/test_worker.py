@@ -25,8 +25,7 @@ from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.runtime import Runtime
-from tests import pico
-from tests.test_build import run, variant
+from tests.test_build import pico_file
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -40,10 +39,7 @@ SEQUENCE = list(range(1, 251))
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
     """A GGUF file of a pico model."""
-    folder = tmp_path_factory.mktemp("worker")
-    base = pico.write_model(folder / "base", tokenizer=tokenizer)
-    run(folder / "pack", quants=["f16"], merged=base)
-    return variant(folder / "pack", "F16")
+    return pico_file(tmp_path_factory.mktemp("worker"), tokenizer, "F16")
 
 
 def python(program: str) -> list[str]:
