@@ -2,8 +2,8 @@
 
     python benchmarks/make_checkpoint.py --shape 7b --out /data/random-7b
 
-Makes OUT/base (one model.safetensors, or shards), OUT/adapter (r = 8 on q_proj and v_proj) and
-nothing that has a meaning: the weights are noise with the spread of real ones.
+Makes OUT/base (shards of 10 GB at most, as transformers writes them), OUT/adapter (r = 8 on q_proj
+and v_proj) and nothing that has a meaning: the weights are noise with the spread of real ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+SHARD_BYTES = 10**10  # transformers' limit for years; LLaMA-2-7B lies in two such files
 _POOL = 1 << 25  # random halves that tensors are cut from, so that a 13 GB file takes no hour
+
+
+Tensor = tuple[str, tuple[int, ...]]  # name and shape
 
 
 @dataclass(frozen=True)
@@ -35,28 +39,39 @@ class Shape:
     vocab: int = 32000
     architecture: str = "LlamaForCausalLM"
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield names and shapes in the order in which transformers stores them."""
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield names and shapes in the order of the model's modules."""
         kv = self.width // self.heads * self.kv_heads
-        named: dict[str, tuple[int, ...]] = {
-            "lm_head.weight": (self.vocab, self.width),
-            "model.embed_tokens.weight": (self.vocab, self.width),
-            "model.norm.weight": (self.width,),
-        }
+        yield "model.embed_tokens.weight", (self.vocab, self.width)
         for i in range(self.layers):
             at = f"model.layers.{i}."
-            named |= {
-                f"{at}input_layernorm.weight": (self.width,),
-                f"{at}mlp.down_proj.weight": (self.width, self.ff),
-                f"{at}mlp.gate_proj.weight": (self.ff, self.width),
-                f"{at}mlp.up_proj.weight": (self.ff, self.width),
-                f"{at}post_attention_layernorm.weight": (self.width,),
-                f"{at}self_attn.k_proj.weight": (kv, self.width),
-                f"{at}self_attn.o_proj.weight": (self.width, self.width),
-                f"{at}self_attn.q_proj.weight": (self.width, self.width),
-                f"{at}self_attn.v_proj.weight": (kv, self.width),
-            }
-        yield from sorted(named.items())
+            yield f"{at}self_attn.q_proj.weight", (self.width, self.width)
+            yield f"{at}self_attn.k_proj.weight", (kv, self.width)
+            yield f"{at}self_attn.v_proj.weight", (kv, self.width)
+            yield f"{at}self_attn.o_proj.weight", (self.width, self.width)
+            yield f"{at}mlp.gate_proj.weight", (self.ff, self.width)
+            yield f"{at}mlp.up_proj.weight", (self.ff, self.width)
+            yield f"{at}mlp.down_proj.weight", (self.width, self.ff)
+            yield f"{at}input_layernorm.weight", (self.width,)
+            yield f"{at}post_attention_layernorm.weight", (self.width,)
+        yield "model.norm.weight", (self.width,)
+        yield "lm_head.weight", (self.vocab, self.width)
+
+    def shards(self, most: int) -> list[list[Tensor]]:
+        """Return the tensors of each file, none above ``most`` bytes, as transformers fills them.
+
+        Files take tensors in the order of the modules; in a file they lie by name.
+        """
+        shards: list[list[Tensor]] = [[]]
+        room = most
+        for name, shape in self.tensors():
+            size = 2 * math.prod(shape)
+            if size > room and shards[-1]:
+                shards.append([])
+                room = most
+            shards[-1].append((name, shape))
+            room -= size
+        return [sorted(shard) for shard in shards]
 
     def config(self) -> dict[str, object]:
         """Return config.json."""
@@ -85,32 +100,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="of a file, at most")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model; rows above it are unused")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     if arguments.layers:
         shape = Shape(**(shape.__dict__ | {"layers": arguments.layers}))
-    make(shape, arguments.out, shards=arguments.shards, tokenizer=arguments.tokenizer)
+    make(shape, arguments.out, most=arguments.shard_bytes, tokenizer=arguments.tokenizer)
 
 
-def make(shape: Shape, out: Path, *, shards: int, tokenizer: Path | None) -> None:
-    """Write OUT/base and OUT/adapter."""
+def make(
+    shape: Shape, out: Path, *, most: int = SHARD_BYTES, tokenizer: Path | None = None
+) -> None:
+    """Write OUT/base, in files of at most ``most`` bytes, and OUT/adapter."""
     pool = (np.random.default_rng(1).standard_normal(_POOL) * 0.02).astype(np.float16)
     base = out / "base"
     base.mkdir(parents=True, exist_ok=True)
-    tensors = list(shape.tensors())
-    per_shard = -(-len(tensors) // shards)
+    shards = shape.shards(most)
     weight_map: dict[str, str] = {}
-    for i in range(shards):
-        chosen = tensors[i * per_shard : (i + 1) * per_shard]
-        name = (
-            "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        )
+    for i, chosen in enumerate(shards, start=1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            name = "model.safetensors"
         write(base / name, chosen, pool, "F16")
         weight_map |= {tensor: name for tensor, _ in chosen}
-    if shards > 1:
+    if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "config.json").write_text(json.dumps(shape.config(), indent=2))
@@ -121,13 +136,13 @@ def make(shape: Shape, out: Path, *, shards: int, tokenizer: Path | None) -> Non
 
 def _make_adapter(shape: Shape, folder: Path, pool: NDArray[np.float16]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pairs: list[tuple[str, tuple[int, ...]]] = []
+    pairs: list[Tensor] = []
     for name, size in shape.tensors():
         if name.endswith(("q_proj.weight", "v_proj.weight")):
             module = "base_model.model." + name.removesuffix(".weight")
             pairs += [(f"{module}.lora_A.weight", (8, size[1])),
                       (f"{module}.lora_B.weight", (size[0], 8))]  # fmt: skip
-    write(folder / "adapter_model.safetensors", pairs, pool, "F16")
+    write(folder / "adapter_model.safetensors", sorted(pairs), pool, "F16")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16,
         "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "bias": "none",
@@ -137,7 +152,7 @@ def _make_adapter(shape: Shape, folder: Path, pool: NDArray[np.float16]) -> None
 
 def write(
     path: Path,
-    tensors: list[tuple[str, tuple[int, ...]]],
+    tensors: list[Tensor],
     pool: NDArray[np.float16],
     dtype: str,
 ) -> None:

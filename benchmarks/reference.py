@@ -110,7 +110,7 @@ def _sequences(texts: int, tokens: int) -> tuple[tuple[int, ...], ...]:
 
 def _compare(name: str, folder: Path, sequences: tuple[tuple[int, ...], ...], threads: int) -> None:
     """Print the cost of both ways through the first layers of a shape, and how far they part."""
-    make(replace(SHAPES[name], layers=_FEW), folder, shards=1, tokenizer=None)
+    make(replace(SHAPES[name], layers=_FEW), folder)
     label = f"{name}, {_FEW} layers"
     _show(f"layer by layer, {label}", measured(LayerByLayer(folder, folder, sequences, threads)))
     _show(f"in one piece, {label}", measured(OnePiece(folder, folder, sequences, threads)))
