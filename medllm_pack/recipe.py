@@ -224,7 +224,7 @@ def copy_recipe(name: str, target: Path | None, *, replace: bool) -> Path:
     if target.exists() and not replace:
         raise WriteError(f"{shown(target)} exists; --force replaces it, or name another file")
     data = read_small(source, limit=1 << 20)
-    with translated(target):
+    with translated(target, elsewhere="another place"):
         target.write_bytes(data)
     return target
 

@@ -210,12 +210,17 @@ def recipes_copy(
         Path | None, typer.Argument(metavar="FILE", help="new file; RECIPE.toml here if absent")
     ] = None,
     force: o.ForceOpt = False,
+    json: o.JsonOpt = False,
 ) -> None:
     """Copy a recipe, to be edited and built from its path."""
     from medllm_pack.recipe import copy_recipe
 
     path = copy_recipe(recipe, target, replace=force)
-    print(f"{path} written; edit it, then: medllm-pack build {path}")
+    output = Output(json=json)
+    output.result(
+        {"recipe": str(path)},
+        lambda: output.line(f"{path} written; edit it, then: medllm-pack build {path}"),
+    )
 
 
 @recipes.command("check")

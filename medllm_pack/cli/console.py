@@ -6,6 +6,7 @@ standard output holds one JSON object and nothing else. rich is imported when so
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medllm_pack.errors import MedllmError
+from medllm_pack.errors import MedllmError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,12 +42,20 @@ class Output:
 
     def result(self, document: dict[str, Any], show: Callable[[], None]) -> None:
         """Print a result: the document under --json, else whatever ``show`` prints."""
-        if self.json:
-            from medllm_pack.files import canonical_json
-
-            sys.stdout.write(canonical_json(document))
-        else:
-            show()
+        try:
+            if self.json:
+                _write_json(document)
+            else:
+                show()
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has seen enough
+            raise
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise WriteError(
+                f"standard output cannot be written: {error.strerror}; the work itself is done"
+            ) from error
 
     def line(self, text: str = "") -> None:
         """Print a line of the result."""
@@ -129,8 +138,23 @@ class Terminal:
         return self._progress
 
 
+def _write_json(document: dict[str, Any]) -> None:
+    from medllm_pack.files import canonical_json
+
+    text = canonical_json(document)
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        import json
+
+        text = json.dumps(document, sort_keys=True) + "\n"  # all in ASCII, and still JSON
+    sys.stdout.write(text)
+
+
 def run(command: Callable[[], object]) -> NoReturn:
     """Run the command line; the one place where an error becomes text and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # In a locale without UTF-8 a sign that it lacks must not end the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # A terminated process cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

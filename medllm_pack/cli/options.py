@@ -26,7 +26,11 @@ BaseOpt = Annotated[
     typer.Option(metavar="SRC", help="base model: a folder, or org/name[@revision] on the Hub"),
 ]
 AdapterOpt = Annotated[
-    str | None, typer.Option(metavar="SRC", help="PEFT LoRA adapter to merge into the base")
+    str | None,
+    typer.Option(
+        metavar="SRC",
+        help="PEFT LoRA adapter to merge into the base: a folder, or org/name on the Hub",
+    ),
 ]
 MergedOpt = Annotated[
     str | None,
@@ -41,7 +45,10 @@ ImatrixOpt = Annotated[
 ]
 TemplateOpt = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Modelfile style; the recipe's own if absent"),
+    typer.Option(
+        metavar="NAME",
+        help="Modelfile style: a shipped name or a folder; the recipe's own if absent",
+    ),
 ]
 ThreadsOpt = Annotated[
     int | None,

@@ -53,7 +53,10 @@ def parity(
     gpu_layers: GpuOpt = None,
     ctx: CtxOpt = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=256, metavar="N", help="of llama.cpp; all processors")
+        int | None,
+        typer.Option(
+            min=1, max=256, metavar="N", help="threads of llama.cpp; all processors if absent"
+        ),
     ] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="compute the reference anew and keep nothing of it")

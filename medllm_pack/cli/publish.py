@@ -31,11 +31,19 @@ TagOpt = Annotated[
 DryOpt = Annotated[bool, typer.Option("--dry-run", help="say what would be sent; send nothing")]
 AcceptOpt = Annotated[
     list[str] | None,
-    typer.Option("--accept", metavar="NAME", help="publish in spite of this; it is published too"),
+    typer.Option(
+        "--accept",
+        metavar="NAME",
+        help="publish in spite of this reason; it is published too; may be repeated",
+    ),
 ]
 MountOpt = Annotated[
     list[str] | None,
-    typer.Option("--mount-from", metavar="NS/MODEL", help="repository that may have the blobs"),
+    typer.Option(
+        "--mount-from",
+        metavar="NS/MODEL",
+        help="repository that may have the blobs; may be repeated",
+    ),
 ]
 ChunkOpt = Annotated[
     int, typer.Option("--chunk-mib", min=1, max=4096, metavar="N", help="MiB of one request")

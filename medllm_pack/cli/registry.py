@@ -21,11 +21,17 @@ CaOpt = Annotated[
 ]
 AllowHostOpt = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="local host the registry may send us to"),
+    typer.Option(
+        "--allow-host",
+        metavar="HOST",
+        help="local host the registry may send us to; may be repeated",
+    ),
 ]
 AuthHostOpt = Annotated[
     list[str] | None,
-    typer.Option("--auth-host", metavar="HOST", help="token server that may see the login"),
+    typer.Option(
+        "--auth-host", metavar="HOST", help="token server that may see the login; may be repeated"
+    ),
 ]
 
 

@@ -73,7 +73,7 @@ def update(folder: Path, document: Document, more: Mapping[str, str]) -> None:
     """
     texts = dict(more) | derived(document)
     sums = read_sums(folder)
-    with files.translated(folder / SIGNATURE):
+    with files.translated(folder / SIGNATURE, elsewhere="another place"):
         (folder / SIGNATURE).unlink(missing_ok=True)
     for name, text in texts.items():
         _replace(folder / name, text)
@@ -90,7 +90,7 @@ def _of_the_license(plan: Plan) -> dict[str, str]:
 
 def _replace(path: Path, content: str) -> None:
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    with files.translated(path):
+    with files.translated(path, elsewhere="another place"):
         try:
             files.write_text(partial, content)
             os.replace(partial, path)

@@ -57,7 +57,7 @@ def write_bundle(
     index = _index(release)
     blobs = _blobs(release)
     report.step("bundling", total_bytes=sum(blob.size for blob in blobs.values()))
-    with files.translated(path):
+    with files.translated(path, elsewhere="another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, glob.escape(path.name))
         with beside(path) as partial, partial.open("xb") as out:

@@ -71,7 +71,7 @@ def sign(folder: Path, *, key: Path, password: str | None, replace: bool, report
     report.step("signing")
     # Beside the folder, so that the signature is not there while the files are being listed.
     partial = folder.absolute().parent / f".{folder.name}.sig-{secrets.token_hex(4)}"
-    with files.translated(target):
+    with files.translated(target, elsewhere="another place"):
         try:
             config.sign(folder, partial)
             os.replace(partial, target)

@@ -1,0 +1,42 @@
+"""The terminal as it is found: other locales, a full disk behind standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def command(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "medllm_pack", *arguments],
+        env=os.environ | ASCII, stdout=stdout, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+
+
+def test_text_that_the_locale_lacks_does_not_end_the_command() -> None:
+    done = command("recipes", "show", "7b")
+    assert done.returncode == 0, done.stderr
+    assert b"Jo?o Gabriel" in done.stdout
+
+
+def test_json_is_json_in_any_locale() -> None:
+    done = command("recipes", "show", "7b", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["card"]["authors"][0].startswith("João")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_full_disk_behind_standard_output_is_one_line(options: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = command("recipes", "show", "7b", *options, stdout=full.fileno())
+    assert done.returncode == 1
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: standard output cannot be written: No space left")
