@@ -6,9 +6,11 @@ torch is imported when somebody asks, and not before. Knows nothing of what will
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from medllm_pack.errors import DeviceError
+
+Choice = Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one that computes
 
 _OTHERWISE = "or use --device cpu"
 
@@ -21,6 +23,17 @@ def require() -> None:
     """
     if reason := missing():
         raise DeviceError(f"{reason}, {_OTHERWISE}")
+
+
+def chosen(choice: Choice) -> Literal["cpu", "cuda"]:
+    """Return the device that a choice means here.
+
+    Raises:
+        DeviceError: if a GPU was asked for and there is none that computes.
+    """
+    if choice == "cuda":
+        require()
+    return "cpu" if choice == "cpu" or missing() else "cuda"
 
 
 def missing() -> str | None:

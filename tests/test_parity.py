@@ -709,12 +709,18 @@ def invoke(pack: Path, inputs: Sources, *more: str) -> Any:
 
 
 def test_command_shows_a_table_or_one_json_object(pack: Path, inputs: Sources) -> None:
-    ended = invoke(pack, inputs, "-q")
+    ended = invoke(pack, inputs, "-q", "-v", "--device", "cpu")
     assert ended.exit_code == 0, ended.output
     assert "f16" in ended.stdout
     assert "passed" in ended.stdout
-    ended = invoke(pack, inputs, "--json")
-    assert json.loads(ended.stdout) == json.loads((pack / "parity.json").read_text())
+    assert "reference: layer by layer on CPU" in ended.stdout
+    ended = invoke(pack, inputs, "--json", "--device", "cpu")
+    document = json.loads((pack / "parity.json").read_text())
+    assert json.loads(ended.stdout) == document
+    assert document["reference"] == {"device": "CPU", "way": "layers"}
+    page = (pack / "parity.html").read_text()
+    assert "A referência foi calculada camada por camada (CPU)." in page
+    assert "The reference was computed layer by layer (CPU)." in page
 
 
 # --- figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from medllm_pack import files
 from medllm_pack.parity import cache
 from medllm_pack.parity.cache import Cache
+from medllm_pack.parity.ways import ON_CPU
 
 SEQUENCES = [[1, 2, 3], [1, 2], [1, 2, 3]]
 
@@ -39,7 +41,7 @@ def reference(tmp_path: Path) -> Reference:
 
 
 def logits(place: Path, reference: Reference, *, key: str = "k", **more: int) -> list[Any]:
-    kept = Cache(place, key, **more)
+    kept = Cache(place, lambda: key, **more)
     with kept.used():
         paths = kept.logits(SEQUENCES, reference)
         assert [np.load(path)[:, 1].tolist() for path in paths] == SEQUENCES
@@ -95,19 +97,43 @@ def test_what_does_not_fit_is_not_kept(tmp_path: Path, reference: Reference) -> 
 
 
 def test_nothing_is_removed_while_another_reads(tmp_path: Path, reference: Reference) -> None:
-    with Cache(tmp_path / "c", "k").used():
+    with Cache(tmp_path / "c", lambda: "k").used():
         logits(tmp_path / "c", reference)
         logits(tmp_path / "c", reference, key="x", limit=10)
         assert list((tmp_path / "c").glob("*.npy"))
 
 
-def test_key_names_inputs_libraries_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_went_another_way_is_kept_under_its_own_key(
+    tmp_path: Path, reference: Reference
+) -> None:
+    """Memory may run out on a device, and another takes over."""
+    way = ["device"]
+
+    def compute(sequences: Sequence[Sequence[int]]) -> list[Path]:
+        way[0] = "cpu"
+        return reference(sequences)
+
+    kept = Cache(tmp_path / "c", lambda: way[0])
+    with kept.used():
+        [path, *_] = kept.logits(SEQUENCES, compute)
+        assert np.load(path)[:, 1].tolist() == SEQUENCES[0]
+    asked = reference.asked
+    logits(tmp_path / "c", reference, key="cpu")
+    assert reference.asked == asked
+    logits(tmp_path / "c", reference, key="device")
+    assert reference.asked == 2 * asked
+
+
+def test_key_names_inputs_libraries_code_and_way(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = {"inputs": [{"role": "base", "files": [{"name": "a", "sha256": "0"}]}]}
-    keys = {cache.model_key(manifest)}
+    way = ON_CPU.document()
+    keys = {cache.model_key(manifest, way)}
+    keys.add(cache.model_key(manifest, replace(ON_CPU, whole=True).document()))
+    keys.add(cache.model_key(manifest, replace(ON_CPU, title="NVIDIA H100").document()))
     other = {"inputs": [{"role": "base", "files": [{"name": "a", "sha256": "1"}]}]}
-    keys.add(cache.model_key(other))
+    keys.add(cache.model_key(other, way))
     monkeypatch.setattr(cache, "version", lambda name: f"{name} 9")
-    keys.add(cache.model_key(manifest))
+    keys.add(cache.model_key(manifest, way))
     monkeypatch.setattr(files, "sha256", str)
-    keys.add(cache.model_key(manifest))
-    assert len(keys) == 4
+    keys.add(cache.model_key(manifest, way))
+    assert len(keys) == 6

@@ -24,6 +24,7 @@ from medllm_pack.parity.report.markup import escape, tag
 from medllm_pack.parity.report.page import page
 from medllm_pack.parity.report.words import LANGUAGES, Words, table
 from medllm_pack.parity.texts import shipped_texts
+from medllm_pack.parity.ways import ON_CPU
 from tests.chromium import Browser
 
 HOSTILE = "</style></svg><script>alert(1)</script>\"'&\x00\u202e"
@@ -76,7 +77,8 @@ def documents(*, failed: str | None = None, more: int = 0) -> tuple[dict[str, An
             for v in verdicts
         ],
     }
-    return pack, json.loads(json.dumps(describe(shipped_texts(count=2), verdicts)))
+    way = ON_CPU.document()
+    return pack, json.loads(json.dumps(describe(shipped_texts(count=2), verdicts, way)))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,7 @@ def test_hostile_names_are_text() -> None:
     pack, parity = documents(failed="weights.rmse")
     pack["name"] = HOSTILE
     parity["texts"]["name"] = HOSTILE
+    parity["reference"] = {"device": HOSTILE, "way": HOSTILE}
     parity["tools"][HOSTILE] = HOSTILE
     for file, variant in zip(pack["variants"], parity["variants"], strict=True):
         file["file"] = file["sha256"] = variant["quant"] = HOSTILE

@@ -9,6 +9,7 @@ import typer
 
 from medllm_pack.cli import options as o
 from medllm_pack.cli.console import Output
+from medllm_pack.gpu import Choice
 
 if TYPE_CHECKING:
     from medllm_pack.parity.checks import Check, Verdict
@@ -26,6 +27,13 @@ TextsOpt = Annotated[
 GpuOpt = Annotated[
     str | None,
     typer.Option(metavar="N|all", help="layers that llama.cpp computes on the GPU; none if absent"),
+]
+DeviceOpt = Annotated[
+    Choice,
+    typer.Option(
+        help="where the reference is computed; auto: on an NVIDIA GPU if torch has one that works, "
+        "in one piece if it fits there"
+    ),
 ]
 CtxOpt = Annotated[
     int | None,
@@ -51,6 +59,7 @@ def parity(
     texts: TextsOpt = None,
     ollama: OllamaOpt = None,
     gpu_layers: GpuOpt = None,
+    device: DeviceOpt = "auto",
     ctx: CtxOpt = None,
     threads: Annotated[
         int | None,
@@ -88,6 +97,7 @@ def parity(
             texts=own,
             sources=sources,
             runtime=runtime,
+            device=device,
             ollama=ollama,
             cache=None if no_cache else cache.folder(),
             report=report,
@@ -111,6 +121,8 @@ def _show(output: Output, result: Result) -> None:
     for variant in result.document["variants"]:
         for departure in variant["limits"]:
             output.line(f"{variant['quant']}: limit of the recipe: {described(departure)}")
+    if output.verbose:
+        output.line(f"\nreference: {result.way}")
     texts = result.texts
     name = "your texts" if texts.sha256 is None else f"held-out synthetic notes ({texts.name})"
     output.line(f"\n{len(texts.notes)} {name}; the verdict is in {result.folder / 'parity.json'}")

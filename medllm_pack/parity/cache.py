@@ -1,9 +1,9 @@
 """The reference's logits, kept from one check to the next: a sixth variant computes nothing anew.
 
 One file a sequence, float32 as it was computed: ``KEY-DIGEST.npy``, where KEY stands for the
-inputs, the libraries, this code and the ids, and DIGEST for the file's bytes, which are compared
-before they are believed. A text of 256 ids and 32000 pieces takes 33 MB. Whoever checks texts of
-users uses no cache: what follows from them must not stay behind.
+inputs, the libraries, this code, the device and the ids, and DIGEST for the file's bytes, which are
+compared before they are believed. A text of 256 ids and 32000 pieces takes 33 MB. Whoever checks
+texts of users uses no cache: what follows from them must not stay behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from medllm_pack import files
 from medllm_pack.home import home
-from medllm_pack.parity import original, reference
+from medllm_pack.parity import original, reference, whole
 
 LIMIT = 2 << 30  # bytes; the oldest files go first
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors")
@@ -37,15 +37,20 @@ def folder() -> Path:
     return Path(base) / "medllm-pack" / "parity"
 
 
-def model_key(manifest: Mapping[str, Any]) -> str:
-    """Return what decides the reference's logits beside the ids: inputs, libraries, code."""
+def model_key(manifest: Mapping[str, Any], way: Mapping[str, str]) -> str:
+    """Return what decides the reference's logits beside the ids: inputs, libraries, code, way.
+
+    Another device, or the model in one piece, gives the same logits up to float32's noise. That is
+    nothing to a verdict; but parity.json says where the reference was computed, and who looks at a
+    device, or at two of them, must not be shown what another one computed.
+    """
     inputs = [
         [entry["role"], sorted([file["name"], file["sha256"]] for file in entry["files"])]
         for entry in manifest["inputs"]
     ]
-    code = [files.sha256(Path(str(module.__file__))) for module in (original, reference)]
+    code = [files.sha256(Path(str(module.__file__))) for module in (original, reference, whole)]
     libraries = {name: version(name) for name in _LIBRARIES}
-    return _digest({"inputs": inputs, "code": code, "libraries": libraries})
+    return _digest({"inputs": inputs, "code": code, "libraries": libraries, "way": dict(way)})
 
 
 class Cache:
@@ -53,11 +58,12 @@ class Cache:
 
     Args:
         place: folder of the cache.
-        key: what :func:`model_key` returned.
+        key: returns what :func:`model_key` does. It is asked again after computing, since that may
+            have gone another way than the one that was planned.
         limit: bytes that the cache may take.
     """
 
-    def __init__(self, place: Path, key: str, *, limit: int = LIMIT) -> None:
+    def __init__(self, place: Path, key: Callable[[], str], *, limit: int = LIMIT) -> None:
         self.place, self.key, self.limit = place, key, limit
 
     def logits(self, sequences: Sequences, compute: Compute) -> list[Path]:
@@ -65,14 +71,19 @@ class Cache:
 
         The files of the cache may be read while the caller is inside :meth:`used`.
         """
-        names = [_digest({"model": self.key, "ids": list(ids)}) for ids in sequences]
+        names = self._names(sequences)
         found = {name: path for name in set(names) if (path := self._find(name))}
         missing = [i for i, name in enumerate(names) if name not in found]
         computed = compute([sequences[i] for i in missing]) if missing else []
+        kept = self._names([sequences[i] for i in missing])
         fits = self._room() >= sum(path.stat().st_size for path in computed)
-        for i, path in zip(missing, computed, strict=True):
-            found[names[i]] = self._keep(names[i], path) if fits else path
+        for i, name, path in zip(missing, kept, computed, strict=True):
+            found[names[i]] = self._keep(name, path) if fits else path
         return [found[name] for name in names]
+
+    def _names(self, sequences: Sequences) -> list[str]:
+        key = self.key()
+        return [_digest({"model": key, "ids": list(ids)}) for ids in sequences]
 
     @contextmanager
     def used(self) -> Iterator[None]:

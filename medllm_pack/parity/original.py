@@ -22,7 +22,7 @@ from medllm_pack.weights.sources import LocalCopy, parse_source
 
 Role = Literal["base", "merged", "adapter"]
 
-_NEEDED = ("torch", "transformers", "peft", "safetensors")
+_NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors")
 _PREFIX = "base_model.model."
 
 
@@ -91,12 +91,18 @@ class Original:
 
     def adapter_weights(self) -> dict[str, Any]:
         """Return the adapter's tensors, named as in the base model."""
+        tensors = self.adapter_file() if self.adapter else {}
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+    def adapter_file(self, device: str = "cpu") -> dict[str, Any]:
+        """Return the adapter's tensors as its file names them, on a device."""
         from safetensors.torch import load_file
 
-        if self.adapter is None:
-            return {}
-        tensors = load_file(self.adapter["adapter_model.safetensors"])
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        assert self.adapter is not None
+        tensors: dict[str, Any] = load_file(
+            self.adapter["adapter_model.safetensors"], device=device
+        )
+        return tensors
 
     def peft_config(self) -> Any:
         """Return the adapter's configuration as PEFT reads it."""

@@ -5,7 +5,7 @@ No text of a user, no time, host or path is in them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ _KEY_FIGURES = ("kld_mean", "kld_p99", "top1", "ppl", "ppl_ratio")
 _REFERENCE = ("torch", "transformers", "peft")
 
 
-def describe(texts: Texts, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return the content of parity.json."""
+def describe(texts: Texts, verdicts: Sequence[Verdict], way: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of parity.json; ``way`` says how the reference was computed."""
     return {
         "schema": SCHEMA,
         "passed": all(verdict.passed for verdict in verdicts),
         "texts": texts.document(),
         "tools": manifest.tools() | {name: version(name) for name in _REFERENCE},
+        "reference": dict(way),
         "kld": {"edges": list(KLD_EDGES), "quantiles": list(KLD_QUANTILES)},
         "variants": [verdict.document() for verdict in verdicts],
     }
@@ -54,7 +55,11 @@ def summary(texts: Texts, verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, document: manifest.Document, texts: Texts, verdicts: Sequence[Verdict]
+    folder: Path,
+    document: manifest.Document,
+    texts: Texts,
+    verdicts: Sequence[Verdict],
+    way: Mapping[str, str],
 ) -> None:
     """Write the verdict into a pack.
 
@@ -63,12 +68,13 @@ def write(
         document: the content of its pack.json.
         texts: what was predicted.
         verdicts: one a variant.
+        way: how the reference was computed.
 
     Raises:
         SourceError: if pack.json or SHA256SUMS cannot be understood.
         WriteError: if the disk says no.
     """
     verdict = document | {"parity": summary(texts, verdicts)}
-    parity = describe(texts, verdicts)
+    parity = describe(texts, verdicts, way)
     more = {NAME: files.canonical_json(parity), report.NAME: report.page(verdict, parity)}
     papers.update(folder, verdict, more)

@@ -4,8 +4,10 @@ One decoder layer's weights are in memory at a time: all sequences go through it
 comes. So a 7B needs a few GB and its weights are read once. Layers, norms and rotary frequencies
 are transformers' classes and the low-rank path is PEFT's layer: the arithmetic is theirs.
 
-Knows nothing of GGUF. Memory: a layer in float32, the head in float32, the hidden states of all
-sequences, the logits of one.
+Knows nothing of GGUF, nor of :mod:`~medllm_pack.parity.whole`, which computes the same in one
+piece. Memory: a layer in float32, the head in float32, the hidden states of all sequences, the
+logits of one. On another device than the CPU the hidden states stay behind, and the states of one
+sequence are there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from medllm_pack.errors import MedllmError, shown
 from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Weights
 from medllm_pack.progress import Reporter
+from medllm_pack.quant.device import DeviceName
 
 # model_type -> module of transformers and the prefix of its classes.
 _CLASSES = {
@@ -30,7 +33,13 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 def compute_logits(
-    original: Original, sequences: Sequence[Sequence[int]], *, place: Nameless, report: Reporter
+    original: Original,
+    sequences: Sequence[Sequence[int]],
+    *,
+    place: Nameless,
+    device: DeviceName = "cpu",
+    name: str = "reference",
+    report: Reporter,
 ) -> list[Path]:
     """Compute the logits after every id of every sequence.
 
@@ -38,6 +47,8 @@ def compute_logits(
         original: the model and its adapter.
         sequences: ids, each sequence on its own from position 0.
         place: where a file in .npy form is written for each, float32, shape (ids, vocabulary).
+        device: where layers are computed.
+        name: what the step is called.
         report: listener; a step counts layers as bytes of weights.
 
     Raises:
@@ -46,8 +57,8 @@ def compute_logits(
     import torch
 
     with torch.no_grad():
-        stack = _Stack(original, original.weights())
-        report.step("reference", total_bytes=stack.config.num_hidden_layers)
+        stack = _Stack(original, original.weights(), device)
+        report.step(name, total_bytes=stack.config.num_hidden_layers)
         hidden = stack.embed(sequences)
         for index in range(stack.config.num_hidden_layers):
             hidden = stack.pass_layer(index, hidden)
@@ -58,7 +69,7 @@ def compute_logits(
 class _Stack:
     """Builds one part of the model after the other."""
 
-    def __init__(self, original: Original, weights: Weights) -> None:
+    def __init__(self, original: Original, weights: Weights, device: DeviceName) -> None:
         self.config = config = original.transformers_config()
         config._attn_implementation = "sdpa"  # how transformers' loader notes its choice
         if config.model_type not in _CLASSES:
@@ -67,8 +78,8 @@ class _Stack:
         classes = import_module(module)
         self.layer_class = getattr(classes, f"{prefix}DecoderLayer")
         self.norm_class = getattr(classes, f"{prefix}RMSNorm")
-        self.rotary = getattr(classes, f"{prefix}RotaryEmbedding")(config)
-        self.weights = weights
+        self.rotary = getattr(classes, f"{prefix}RotaryEmbedding")(config).to(device)
+        self.weights, self.device = weights, device
         self.adapter = original.adapter_weights()
         self.lora = original.peft_config() if self.adapter else None
 
@@ -98,34 +109,40 @@ class _Stack:
         norm = self._filled(_NORM, norm)
         tied = f"{_HEAD}.weight" not in self.weights or self.config.tie_word_embeddings
         head = self._filled(_HEAD, head, weights=_EMBEDDING if tied else _HEAD)
-        return [place.save(head(norm(states))[0].numpy()) for states in hidden]
+        return [
+            place.save(head(norm(states.to(self.device)))[0].cpu().numpy()) for states in hidden
+        ]
 
     def _apply(self, layer: Any, states: Any) -> Any:
         import torch
 
-        length = states.shape[1]
-        positions = torch.arange(length)[None]
+        length, states = states.shape[1], states.to(self.device)
+        positions = torch.arange(length, device=self.device)[None]
         result = layer(
             states, attention_mask=self._mask(length), position_ids=positions,
             position_embeddings=self.rotary(states, positions), use_cache=False,
         )  # fmt: skip
-        return result[0] if isinstance(result, tuple) else result
+        return (result[0] if isinstance(result, tuple) else result).cpu()
 
     def _mask(self, length: int) -> Any:
         """Return what is added to the scores: nothing for the past, -inf for the rest."""
         import torch
 
-        steps = torch.arange(length)
+        steps = torch.arange(length, device=self.device)
         ago = steps[:, None] - steps[None, :]
         seen = ago >= 0
         if window := getattr(self.config, "sliding_window", None):
             seen &= ago < window
-        return torch.zeros(length, length).masked_fill(~seen, float("-inf"))[None, None]
+        nothing = torch.zeros(length, length, device=self.device)
+        return nothing.masked_fill(~seen, float("-inf"))[None, None]
 
     def _filled(self, name: str, module: Any, *, weights: str | None = None) -> Any:
         """Give a module its weights, and PEFT's layers where the adapter has pairs for it."""
         source = weights or name
-        state = {key: self.weights.get(f"{source}.{key}").float() for key in module.state_dict()}
+        state = {
+            key: self.weights.get(f"{source}.{key}").to(self.device).float()
+            for key in module.state_dict()
+        }
         module.load_state_dict(state, strict=True, assign=True)
         adapter = {k: v for k, v in self.adapter.items() if k.startswith(f"{name}.")}
         return _with_adapter(name, module, self.lora, adapter) if adapter else module.eval()

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medllm_pack import files
+from medllm_pack import files, gpu
 from medllm_pack.errors import (
     CheckFailedError,
     GGUFError,
@@ -25,6 +26,7 @@ from medllm_pack.errors import (
     shown,
 )
 from medllm_pack.gguf.reader import GGUFFile, read_gguf
+from medllm_pack.gpu import Choice
 from medllm_pack.limits import Departure, Limits
 from medllm_pack.ollama.server import Server
 from medllm_pack.pack import papers
@@ -39,7 +41,6 @@ from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Sources, find_original, require_extra
 from medllm_pack.parity.predictions import Written, check_generation, check_logits, measure
 from medllm_pack.parity.prompts import check_template, read_beside
-from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.seen import EXACT, Stored
 from medllm_pack.parity.served import Served, check_served, find_served
@@ -52,6 +53,7 @@ from medllm_pack.parity.tokens import (
     check_settings,
     check_vocabulary,
 )
+from medllm_pack.parity.ways import Reference, Way
 from medllm_pack.progress import Reporter
 
 NOTES = 16  # texts that are used
@@ -67,12 +69,14 @@ class Result:
         texts: what was predicted.
         verdicts: one a variant, in the order of the pack.
         document: the content of parity.json.
+        way: how the reference was computed.
     """
 
     folder: Path
     texts: Texts
     verdicts: tuple[Verdict, ...]
     document: dict[str, Any]
+    way: Way
 
     @property
     def passed(self) -> bool:
@@ -125,6 +129,7 @@ def check_pack(
     texts: Texts | None = None,
     sources: Sources | None = None,
     runtime: Runtime | None = None,
+    device: Choice = "auto",
     ollama: str | None = None,
     cache: Path | None = None,
     report: Reporter,
@@ -136,11 +141,13 @@ def check_pack(
         texts: what is predicted; held-out notes of the tiny model if None.
         sources: where base, adapter or merged weights are now, if not where pack.json says.
         runtime: how llama.cpp is run; all processors of this process if None.
+        device: where the reference is computed; ``auto``: on a GPU if torch has one that works.
         ollama: a model on an Ollama server that is checked, too.
         cache: folder where the reference's logits are kept; not for texts of a user.
         report: listener.
 
     Raises:
+        DeviceError: if the device is missing, fails, or has no room for the reference.
         MedllmError: if the check could not be made; nothing is written then.
     """
     require_extra()
@@ -148,23 +155,26 @@ def check_pack(
     papers.derived(manifest)  # a pack.json that could not be written again is refused now
     runtime = runtime or Runtime()
     runtime.require()
+    gpu.chosen(device)
     climbs = [_climb(folder, entry) for entry in manifest["variants"]]
     digests = {climb.quant: climb.sha256 for climb in climbs}
     served = find_served(Server.from_environment(), ollama, digests) if ollama else None
     original = find_original(manifest, sources or Sources(), report=report)
-    ladder = _Ladder(original, runtime, served, manifest, report)
+    reference = Reference(original, device, report=report)
+    ladder = _Ladder(original, reference, runtime, served, manifest, report)
     texts = texts or shipped_texts(count=NOTES)
     with Nameless() as place, ExitStack() as stack:
         if cache is not None and texts.sha256 is not None:  # what users wrote leaves no trace
-            ladder.cache = Cache(cache, model_key(manifest))
+            ladder.cache = Cache(cache, lambda: model_key(manifest, reference.way.document()))
             stack.enter_context(ladder.cache.used())
         ladder.climb(climbs, texts, place)
     verdicts = tuple(climb.verdict for climb in climbs)
     if (folder / SIGNATURE).exists():
         report.notice(f"{SIGNATURE} is removed, since it cannot hold for the verdict; "
                       "sign the pack again")  # fmt: skip
-    record.write(folder, manifest, texts, verdicts)
-    return Result(folder, texts, verdicts, record.describe(texts, verdicts))
+    way = reference.way.document()
+    record.write(folder, manifest, texts, verdicts, way)
+    return Result(folder, texts, verdicts, record.describe(texts, verdicts, way), reference.way)
 
 
 def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:
@@ -180,6 +190,7 @@ class _Ladder:
     def __init__(
         self,
         original: Original,
+        reference: Reference,
         runtime: Runtime,
         served: Served | None,
         manifest: Document,
@@ -188,6 +199,7 @@ class _Ladder:
         matrix = manifest["importance"] is not None
         self.limits = Limits(recipe_of(manifest).parity, matrix=matrix)
         self.original, self.runtime, self.report = original, runtime, report
+        self.reference = reference
         self.served, self.template = served, str(manifest["template"]["sha256"])
         self.tokenizer = Tokenizer(original)
         self.config = original.transformers_config()
@@ -219,10 +231,8 @@ class _Ladder:
 
     def _refer(self, sequences: Sequence[Sequence[int]], place: Nameless) -> list[Path]:
         """Return the reference's logits, from the cache where it has them."""
-
-        def compute(missing: Sequence[Sequence[int]]) -> list[Path]:
-            return compute_logits(self.original, missing, place=place, report=self.report)
-
+        self.reference.plan(sequences)
+        compute = partial(self.reference.logits, place=place)
         return self.cache.logits(sequences, compute) if self.cache else compute(sequences)
 
     def _look_at_file(self, climb: _Climb) -> None:

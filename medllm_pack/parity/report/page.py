@@ -23,6 +23,8 @@ NAME = "parity.html"
 _MARKS = {True: "✓", False: "✗", None: "–"}
 _VERDICTS = {True: "passed", False: "failed", None: "unasked"}
 _CLASSES = {True: "ok", False: "bad", None: "none"}
+# How the reference was computed -> the sentence that says so.
+_WAYS = {"layers": "method_layers", "one piece": "method_whole"}
 # Column -> figure of parity.json, and how it is written.
 _FIGURES = {
     "kld_mean": "#.3g", "kld_p99": "#.3g", "top1": ".2%", "ppl": ".5g", "ppl_ratio": ".4f",
@@ -243,7 +245,12 @@ def _method(pack: Document, parity: Document, words: Words) -> Markup:
     tokens = max((v["figures"].get("tokens", 0) for v in parity["variants"]), default=0)
     key = "texts_user" if texts["sha256"] is None else "texts_shipped"
     said = words(key, count=str(texts["count"]), name=texts["name"], tokens=str(tokens))
-    points = [words(f"method_{name}") for name in ("reference", "variant", "limits")]
+    reference, variant, limits = (
+        words(f"method_{name}") for name in ("reference", "variant", "limits")
+    )
+    way = parity["reference"]
+    computed = words(_WAYS.get(way["way"], "method_layers"), device=way["device"])
+    points = [reference, computed, variant, limits]
     tools = [
         tag("tr", tag("th", name, scope="row"), tag("td", value))
         for name, value in sorted(parity["tools"].items())
