@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -19,12 +20,13 @@ import numpy as np
 import pytest
 
 from medllm_pack.errors import WorkerError
-from medllm_pack.parity import allowance, worker
+from medllm_pack.parity import allowance, llamacpp, worker
 from medllm_pack.parity.allowance import LOOK_AT_GPU, Allowance, to_compute, to_read
 from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.report.details import translate
-from medllm_pack.parity.runtime import Runtime
+from medllm_pack.parity.runtime import Runtime, _missing
+from medllm_pack.quant import ggml
 from tests.test_build import pico_file
 
 T = TypeVar("T")
@@ -77,14 +79,24 @@ def test_worker_sees_no_secret_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     program = python("import json, os; print(json.dumps(dict(os.environ)))")
     seen = worker.call("logits", command=program)
     assert set(seen) - {"LC_CTYPE"} <= {
-        "CUDA_VISIBLE_DEVICES", "GGML_NO_BACKTRACE", "HIP_VISIBLE_DEVICES", "HOME",
-        "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "OPENBLAS_NUM_THREADS", "PYTHONDONTWRITEBYTECODE",
-        "PYTHONPATH", "PYTHONUTF8", "TMPDIR",
+        "CUDA_VISIBLE_DEVICES", "GGML_DISABLE_VULKAN", "GGML_NO_BACKTRACE", "HIP_VISIBLE_DEVICES",
+        "HOME", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "OPENBLAS_NUM_THREADS",
+        "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONUTF8", "TMPDIR",
     }  # fmt: skip
     assert "/secret" not in seen.values()
     assert (seen["GGML_NO_BACKTRACE"], seen["CUDA_VISIBLE_DEVICES"]) == ("1", "-1")
     asked = worker.call("facts", allowance=LOOK_AT_GPU, command=program)
     assert asked["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "GGML_DISABLE_VULKAN" not in asked
+
+
+def test_products_on_a_gpu_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = python("import json, os; print(json.dumps(dict(os.environ)))")
+    monkeypatch.setenv("GGML_CUDA_CUBLAS_COMPUTE_TYPE", "f16")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    asked = worker.call("facts", allowance=LOOK_AT_GPU, command=program)
+    assert asked["GGML_CUDA_CUBLAS_COMPUTE_TYPE"] == "f32"
+    assert asked["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 def test_worker_has_the_limits_that_it_was_given() -> None:
@@ -113,6 +125,16 @@ def test_worker_has_the_limits_that_it_was_given() -> None:
         ("import os, time; os.close(1); os.close(2); time.sleep(60)", "did not finish within 1 s"),
         ("raise SystemExit(7)", "exit code 7$"),
         ("raise RuntimeError('with a text of a user')", r"exit code 1 \(RuntimeError\)$"),
+        (
+            "import os, sys; sys.stderr.write('CUDA error: out of memory\\n  current device: 0, in'"
+            " ' function alloc\\nggml-cuda.cu:108: CUDA error\\n'); sys.stderr.flush(); os.abort()",
+            r"SIGABRT: the GPU failed: out of memory; ask for fewer --gpu-layers$",
+        ),
+        (
+            "import os, sys; sys.stderr.write('x\\nCUDA error: an illegal memory access was'"
+            " ' encountered\\n'); sys.stderr.flush(); os.abort()",
+            r"SIGABRT: the GPU failed: an illegal memory access was encountered$",
+        ),
         ("print('not JSON')", "not JSON"),
         ("print('[' * 100000)", "not JSON"),
         ("print('[1]')", "not a JSON object"),
@@ -279,6 +301,60 @@ def test_allowance_of_a_7b_is_known(tmp_path: Path) -> None:
     assert 3600 < given.seconds < 12 * 3600
     on_gpu = to_compute(file, shape, [256], tokens=0, threads=4, gpu=True)
     assert (on_gpu.memory, on_gpu.gpu) == (None, True)
+
+
+@pytest.fixture
+def gpu_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The libraries that a llama-cpp-python for CUDA carries, by name and size."""
+    for name in ("ggml", "ggml-base", "ggml-cpu", "ggml-cuda", "llama"):
+        with (tmp_path / f"lib{name}.so").open("wb") as hole:
+            hole.truncate(300 * MIB)
+    monkeypatch.setattr(ggml, "_folder", lambda: tmp_path)
+    ggml.gpu_libraries.cache_clear()
+    yield tmp_path
+    ggml.gpu_libraries.cache_clear()
+
+
+def test_build_for_a_gpu_may_map_the_libraries_that_it_needs(file: Path, gpu_build: Path) -> None:
+    assert ggml.gpu_libraries() == {"cuda": 300 * MIB}
+    assert to_read(file).memory == 5 * 1024 * MIB + 300 * MIB + file.stat().st_size
+    assert not to_read(file).gpu
+
+
+def test_missing_gpu_is_told_from_a_build_without_support_for_one(gpu_build: Path) -> None:
+    assert _missing("failed to initialize CUDA: no CUDA-capable device is detected") == (
+        "the installed llama.cpp is built for cuda and finds no GPU (failed to initialize CUDA: no "
+        "CUDA-capable device is detected); see whether nvidia-smi or rocm-smi lists one, or leave "
+        "the option out"
+    )
+    (gpu_build / "libggml-cuda.so").unlink()
+    ggml.gpu_libraries.cache_clear()
+    assert "built without support for a GPU" in _missing("")
+
+
+def test_driver_that_is_not_there_is_named_without_a_path(tmp_path: Path) -> None:
+    """The words are those of llama-cpp-python's loader and of glibc's."""
+    (tmp_path / "llama_cpp.py").write_text(
+        "raise RuntimeError(\"Failed to load shared library '/home/ana/lib/libllama.so': \"\n"
+        '    "libcuda.so.1: cannot open shared object file: No such file or directory")\n'
+    )
+    command = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from medllm_pack.parity.worker import main\nmain()"
+    )
+    with pytest.raises(WorkerError) as error:
+        worker.call("facts", allowance=LOOK_AT_GPU, command=command)
+    assert "libcuda.so.1 is not found; add its folder to LD_LIBRARY_PATH" in str(error.value)
+    assert "ana" not in str(error.value)
+    assert not [part for part in translate(str(error.value), str) if part.foreign]
+
+
+def test_why_a_gpu_fails_is_said_before_the_abort(capfd: pytest.CaptureFixture[str]) -> None:
+    for level, text in ((4, b"CUDA error: out of memory\n"), (4, b"  in f at x.cu:7\n"),
+                        (3, b"CUDA error: a warning\n"), (4, b"load: bad file\n")):  # fmt: skip
+        llamacpp._listen(level, text, ctypes.c_void_p())
+    assert capfd.readouterr().err == "CUDA error: out of memory\n"
+    llamacpp._complaints.clear()
 
 
 # --- answers that do not fit

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from medllm_pack.quant import ggml
+
 _MINUTES: Final = 600.0  # seconds for what needs no weights, on a machine that is busy
 _SPEED: Final = 2e9  # operations a second that even the slowest machine reaches
 _DISK: Final = 50e6  # bytes a second, if the weights must be read again for every batch
 _BASE: Final = 1 << 30  # Python, numpy and llama.cpp take a sixth of it
+# A build for a GPU maps the vendor's libraries, too, even where none is seen: cuBLAS alone is
+# 0.7 GiB in CUDA 13, 0.8 in CUDA 12.
+_GPU_LIBRARIES: Final = 4 << 30
 _STACK: Final = 16 << 20  # of a thread
 _BATCH: Final = 512  # tokens that llama.cpp computes together
 TOGETHER: Final = 8  # texts that are continued a token of each at a time
@@ -51,7 +56,7 @@ LOOK_AT_GPU: Final = Allowance(memory=None, file=1 << 30, gpu=True)
 
 def to_read(file: Path) -> Allowance:
     """Return what a job may take that needs the vocabulary of a file only."""
-    return Allowance(memory=_BASE + file.stat().st_size)
+    return Allowance(memory=_to_load() + file.stat().st_size)
 
 
 def to_compute(
@@ -84,13 +89,18 @@ def to_compute(
     if gpu:
         memory, written = LOOK_AT_GPU.memory, LOOK_AT_GPU.file
     else:
-        memory = (
-            _BASE + size + threads * _STACK + _ROOM * _working_memory(config, context, together)
-        )
+        working = _working_memory(config, context, together)
+        memory = _to_load() + size + threads * _STACK + _ROOM * working
         written = 0
     if writes:
         written = max(written, context * config.vocab_size * 4 + 4096)
     return Allowance(seconds, seconds * threads, memory, written, gpu=gpu)
+
+
+def _to_load() -> int:
+    """Return the addresses that a worker may take before it opens a file."""
+    libraries = ggml.gpu_libraries().values()
+    return _BASE + (sum(libraries) + _GPU_LIBRARIES if libraries else 0)
 
 
 def _parameters(config: Any) -> int:

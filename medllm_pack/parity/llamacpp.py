@@ -7,6 +7,8 @@ a bad file: whoever runs files of others does it in a process of its own.
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -217,17 +219,37 @@ class Model:
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab)).copy()
 
 
-def supports_gpu() -> bool:
-    """Say whether this build of llama.cpp finds a GPU that it can compute on."""
-    return bool(_api().llama_supports_gpu_offload())
+def look_for_gpu() -> tuple[bool, str]:
+    """Say whether this build of llama.cpp finds a GPU to compute on, and what it complains of."""
+    found = bool(_load().llama_supports_gpu_offload())
+    return found, shown(_complaints[0]) if _complaints else ""
 
 
 def _api() -> Any:
     """Return llama-cpp-python's bindings, their log taken in silence."""
-    import llama_cpp
-
-    llama_cpp.llama_log_set(_LISTENER, None)
+    api = _load()
+    # It looks for GPUs when it is first asked for anything, and one that is hidden is an error to
+    # it. No model is to blame for that.
+    api.llama_supports_gpu_offload()
     _complaints.clear()
+    return api
+
+
+def _load() -> Any:
+    try:
+        import llama_cpp
+    except (OSError, RuntimeError) as error:  # its own error has the loader's words, with a path
+        library = _NOT_FOUND.search(str(error))
+        reason = (
+            f": {library[1]} is not found; add its folder to LD_LIBRARY_PATH, or"
+            if library
+            else ";"
+        )
+        raise MedllmError(
+            f"llama-cpp-python does not load{reason} install it again: "
+            "pip install --force-reinstall llama-cpp-python"
+        ) from error
+    llama_cpp.llama_log_set(_LISTENER, None)
     return llama_cpp
 
 
@@ -239,12 +261,18 @@ def _reason(path: Path) -> str:
 
 def _listen(level: int, text: bytes, _data: ctypes.c_void_p) -> None:
     """Take a line of llama.cpp's log; a few errors are remembered."""
+    if level == _ERROR and text.startswith(GPU_FAILS):
+        # It aborts now. Words of the driver about itself; whoever started this process knows them.
+        os.write(2, text)
     if level == _ERROR and len(_complaints) < 3:
         # "name_of_a_function: what is wrong"
         _complaints.append(text.decode("utf-8", "replace").strip().partition(": ")[2][:200])
 
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+GPU_FAILS = (b"CUDA error: ", b"ROCm error: ")  # ggml-cuda.cu: ggml_cuda_error
+# What glibc's loader says of a library that a GPU's build needs, libcuda.so.1 for example.
+_NOT_FOUND = re.compile(r"\b(lib[\w.+-]+): cannot open shared object file")
 _complaints: list[str] = []
 # Kept for the life of the process: llama.cpp holds the pointer.
 _LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_listen)

@@ -29,6 +29,9 @@ _TAIL = 1 << 14  # bytes of standard error that are kept
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 # What ggml and the C++ runtime say before they abort; an assertion is a line of their source.
 _ASSERTION = re.compile(rb"GGML_ASSERT\(([\x20-\x7e]{1,160}?)\) failed")
+# ggml-cuda.cu: ggml_cuda_error; what follows is cudaGetErrorString's, or cuBLAS's.
+_GPU_FAILED = re.compile(rb"(?:\A|\n)(?:CUDA|ROCm) error: ([\x20-\x7e]{1,120}?)\s*\n")
+_GPU_FULL = (b"out of memory", b"CUBLAS_STATUS_ALLOC_FAILED")
 _NO_MEMORY = (b"std::bad_alloc", b"MemoryError", b"GGML_ASSERT(ctx->mem_buffer != NULL)")
 _EXCEPTION = re.compile(rb"(?:\A|\n)([A-Za-z_][\w.]{0,60}(?:Error|Exception))(?::[^\n]*)?\s*\Z")
 
@@ -100,6 +103,9 @@ def why(ended: Ended, allowance: Allowance) -> str:
 
 
 def _hint(tail: bytes, allowance: Allowance) -> str:
+    if failure := _GPU_FAILED.search(tail):
+        advice = "; ask for fewer --gpu-layers" if failure[1] in _GPU_FULL else ""
+        return f": the GPU failed: {failure[1].decode('ascii')}{advice}"
     if any(words in tail for words in _NO_MEMORY):
         limit = allowance.memory
         return ": no memory" + (f" beyond the {limit / 2**30:.1f} GiB it may use" if limit else "")

@@ -41,15 +41,29 @@ class Runtime:
         """Refuse to start if layers should go where nothing can take them.
 
         Raises:
-            MedllmError: with the command that installs a build for GPUs.
+            MedllmError: with what is missing, and the command that installs a build for GPUs if
+                that is.
         """
-        if self.gpu_layers and not worker.call("facts", allowance=LOOK_AT_GPU)["gpu"]:
-            raise MedllmError(
-                "--gpu-layers: the installed llama.cpp finds no GPU, or was built without support "
-                "for one; with CUDA's compiler at hand run: CMAKE_ARGS=-DGGML_CUDA=on pip install "
-                "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python "
-                f"llama-cpp-python=={ggml.package_version()}"
-            )
+        if self.gpu_layers == 0:
+            return
+        facts = worker.call("facts", allowance=LOOK_AT_GPU)
+        if not facts.get("gpu"):
+            raise MedllmError(f"--gpu-layers: {_missing(str(facts.get('reason', '')))}")
+
+
+def _missing(reason: str) -> str:
+    """Return why llama.cpp computes on no GPU, and what to do about it."""
+    if built := ggml.gpu_libraries():
+        said = f" ({reason})" if reason else ""
+        return (
+            f"the installed llama.cpp is built for {', '.join(sorted(built))} and finds no "
+            f"GPU{said}; see whether nvidia-smi or rocm-smi lists one, or leave the option out"
+        )
+    return (
+        "the installed llama.cpp is built without support for a GPU; with CUDA's compiler at hand "
+        "run: CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir "
+        f"--no-binary llama-cpp-python llama-cpp-python=={ggml.package_version()}"
+    )
 
 
 def layers(text: str | None) -> int:

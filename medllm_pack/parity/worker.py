@@ -31,10 +31,23 @@ _KEPT = ("LD_LIBRARY_PATH", "TMPDIR", "HOME")
 _KEPT_FOR_GPU = (
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_PATH",
     "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "GGML_CUDA_ENABLE_UNIFIED_MEMORY",
+    # Where the server is that shares a GPU between processes, if not in its usual place.
+    "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY",
     "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ROCM_PATH",
 )  # fmt: skip
+# For speed, ggml lets cuBLAS add up products of F16 weights in F16, and multiply float32 as
+# TensorFloat-32, with 10 bits (ggml-cuda.cu: ggml_cuda_mul_mat_cublas; common.cuh). The limits are
+# for what is in the file, so here both are float32: by ggml's name for it and the one it had in
+# early 2026, and by NVIDIA's for all its libraries.
+_SET_FOR_GPU = {
+    "GGML_CUDA_CUBLAS_COMPUTE_TYPE": "f32",
+    "GGML_CUDA_FORCE_CUBLAS_COMPUTE_32F": "1",
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 # A build for GPUs computes large batches there even where no layer was given to it.
-_HIDDEN_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
+_HIDDEN_GPU = {
+    "CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "GGML_DISABLE_VULKAN": "1",
+}  # fmt: skip
 _SET = {
     "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "GGML_NO_BACKTRACE": "1",
     # Addresses that are reserved for threads and never used would count against the limit.
@@ -80,7 +93,7 @@ def _environment(gpu: bool) -> dict[str, str]:
     kept = {name: os.environ[name] for name in names if name in os.environ}
     # Where the package itself lies, so that a source tree works as an installation does.
     root = Path(medllm_pack.__file__).resolve().parent.parent
-    return kept | _SET | ({} if gpu else _HIDDEN_GPU) | {"PYTHONPATH": str(root)}
+    return kept | _SET | (_SET_FOR_GPU if gpu else _HIDDEN_GPU) | {"PYTHONPATH": str(root)}
 
 
 def _read_answer(answer: bytes) -> dict[str, Any]:
@@ -99,9 +112,10 @@ def _read_answer(answer: bytes) -> dict[str, Any]:
 
 
 def _facts() -> dict[str, Any]:
-    from medllm_pack.parity.llamacpp import supports_gpu
+    from medllm_pack.parity.llamacpp import look_for_gpu
 
-    return {"gpu": supports_gpu()}
+    found, reason = look_for_gpu()
+    return {"gpu": found, "reason": reason}
 
 
 def _tokenize(model: str, texts: Sequence[str]) -> dict[str, Any]:

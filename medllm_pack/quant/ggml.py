@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ from medllm_pack.gguf.layout import row_bytes
 _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(
     sys.platform, "libggml-base.so"
 )
+# Backends of ggml, by library, that compute on the processor or elsewhere in a network.
+_NO_GPU = ("base", "cpu", "blas", "rpc")
 
 
 def quantize(
@@ -62,16 +65,30 @@ def package_version() -> str:
 
 
 @cache
+def gpu_libraries() -> Mapping[str, int]:
+    """Return the libraries that compute on GPUs, as ``cuda``, and the size of each; often none."""
+    names = {path: path.name.removeprefix("lib").removeprefix("ggml-").partition(".")[0]
+             for path in _folder().glob(f"*ggml-*{Path(_LIBRARY).suffix}")}  # fmt: skip
+    return {
+        name: path.stat().st_size for path, name in names.items() if not name.startswith(_NO_GPU)
+    }
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("llama_cpp")  # found, not imported: it loads all backends
+    if spec is None or spec.origin is None:
+        raise MedllmError("llama-cpp-python is not installed; run: pip install llama-cpp-python")
+    return Path(spec.origin).parent / "lib"
+
+
+@cache
 def library() -> ctypes.CDLL:
     """Return the loaded libggml-base.
 
     Raises:
         MedllmError: if llama-cpp-python is missing or broken.
     """
-    spec = importlib.util.find_spec("llama_cpp")  # found, not imported: it loads all backends
-    if spec is None or spec.origin is None:
-        raise MedllmError("llama-cpp-python is not installed; run: pip install llama-cpp-python")
-    path = Path(spec.origin).parent / "lib" / _LIBRARY
+    path = _folder() / _LIBRARY
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
