@@ -8,6 +8,7 @@ Knows nothing of GGUF, nor of :mod:`~medllm_pack.parity.reference`, which goes l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,11 @@ def _with_adapter(model: Any, original: Original, device: DeviceName) -> Any:
     """Put PEFT's model around the model."""
     from peft import PeftModel, set_peft_model_state_dict
 
-    model = PeftModel(model, original.peft_config())
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT asks for what transformers will rename
+        model = PeftModel(model, original.peft_config())
     result = set_peft_model_state_dict(model, original.adapter_file(device))
     odd = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
     if odd:
