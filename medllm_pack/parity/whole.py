@@ -103,9 +103,8 @@ def _with_adapter(model: Any, original: Original, device: DeviceName) -> Any:
     from peft import PeftModel, set_peft_model_state_dict
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # PEFT asks for what transformers will rename
+        # PEFT asks for a name that transformers is going to change.
+        warnings.simplefilter("ignore", FutureWarning)
         model = PeftModel(model, original.peft_config())
     result = set_peft_model_state_dict(model, original.adapter_file(device))
     odd = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
