@@ -1,7 +1,7 @@
 """An Ollama server for tests: /api/version, tags, blobs, create, show and generate over a store.
 
 Behaves as server/routes.go, server/create.go and the runners say, written anew with gguf-py and
-json; llama.cpp tokenizes and computes in a worker of the tests. Knows nothing of the package.
+json; llama.cpp tokenizes and computes. Knows nothing of the package but its door to llama.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from gguf import GGUFReader, LlamaFileType
 
-from tests import llama_worker
+from medllm_pack.parity.llamacpp import Model
 
 Counts = Literal["all", "new", "nothing"]
 
@@ -213,11 +213,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if not request["raw"]:
             prompt = self.server.render(request["model"], prompt)
-        found = llama_worker.call(
-            "answer", model=str(weights), prompt=prompt, tokens=request["options"]["num_predict"]
-        )
-        counted = self.server.count(found["ids"])
-        self.answer(200, {"response": found["text"], "done": True} | counted)
+        with Model(weights, threads=1) as model:
+            ids = model.tokenize(prompt, special=True)  # as the runners: control tokens count
+            new = model.continue_greedily(ids, tokens=request["options"]["num_predict"])
+            text = model.detokenize(new)
+        self.answer(200, {"response": text, "done": True} | self.server.count(ids))
 
     def write_manifest(self, name: str, data: bytes) -> None:
         model, _, tag = name.partition(":")

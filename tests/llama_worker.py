@@ -87,14 +87,6 @@ def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"ids": [model.tokenize(text) for text in arguments["texts"]]}
 
 
-def _answer(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Read a prompt as Ollama's runner does, control tokens in it as such, and go on greedily."""
-    with Model(Path(arguments["model"]), threads=1) as model:
-        ids = model.tokenize(arguments["prompt"], special=True)
-        new = model.continue_greedily(ids, tokens=arguments["tokens"])
-        return {"ids": ids, "text": model.detokenize(new)}
-
-
 def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
@@ -107,6 +99,5 @@ def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     commands = {
         "quantize": _quantize, "generate": _generate, "tokenize": _tokenize, "logits": _logits,
-        "answer": _answer,
     }  # fmt: skip
     print("\n" + json.dumps(commands[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -21,6 +21,7 @@ from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import worker
 from medllm_pack.parity.checks import Check
+from medllm_pack.parity.llamacpp import Model
 from medllm_pack.parity.original import Original, Sources
 from medllm_pack.parity.prompts import read_beside
 from medllm_pack.parity.report.details import translate
@@ -28,7 +29,7 @@ from medllm_pack.parity.served import check_served, compare_texts, find_served
 from medllm_pack.parity.tokens import Tokenizer
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
-from tests import llama_worker, pico
+from tests import pico
 from tests.fake_ollama import Counts, Ollama, serving
 from tests.test_build import run, variant
 from tests.test_parity import invoke
@@ -73,10 +74,9 @@ class Fake:
             return self.status, b'{"error": "llama runner process has terminated"}'
         # The style's template adds nothing, so that raw and rendered prompts are the same.
         prompt, tokens = self.instead or question["prompt"], question["options"]["num_predict"]
-        found = llama_worker.call(
-            "generate", models=[str(self.model)], prompts=[prompt], tokens=tokens
-        )
-        return 200, json.dumps({"response": found[str(self.model)][0], "done": True}).encode()
+        with Model(self.model, threads=1) as model:
+            text = model.write(prompt, tokens=tokens)
+        return 200, json.dumps({"response": text, "done": True}).encode()
 
 
 def check(pack: Path, serve: Serve, fake: Fake) -> list[Check]:  # noqa: F811
@@ -102,7 +102,7 @@ def test_server_that_runs_the_file_passes(pack: Path, serve: Serve) -> None:  # 
         ("served.raw", True, 1.0),
         ("served.template", True, 1.0),
     ]
-    assert [q["raw"] for q in fake.asked] == [True] * 4 + [False] * 4
+    assert [q["raw"] for q in fake.asked] == [True] * 16 + [False] * 16
     options = fake.asked[0]["options"]
     assert options["temperature"] == 0
     assert options["repeat_penalty"] == 1
@@ -151,27 +151,28 @@ def pico_pack(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> tup
     return folder / "pack", Sources(str(base), str(adapter))
 
 
-def hold(server: Ollama, weights: Path, template: str) -> None:
-    """Let a server hold a model, as `ollama create` does."""
+def hold(server: Ollama, weights: Path, template: str) -> Path:
+    """Let a server hold a model, as `ollama create` does; return where its weights are."""
     digest = "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest()
     with httpx.Client(base_url=server.url, trust_env=False) as client:
         client.post(f"/api/blobs/{digest}", content=weights.read_bytes()).raise_for_status()
         question = {"model": "m:1", "files": {weights.name: digest}, "template": template}
         client.post("/api/create", json=question).raise_for_status()
+    return server.blob(digest)
 
 
 @pytest.mark.parametrize(
     ("template", "counts", "code", "verdict", "detail"),
     [
-        (BEHIND, "all", 0, True, "of 8 prompts the server reads as many tokens as"),
+        (BEHIND, "all", 0, True, "of 32 prompts the server reads as many tokens as"),
         (
             f"<s>{BEHIND}",
             "all",
             3,
             False,
-            "4 have another number .*; one more each time, as with a",
+            "16 have another number .*; one more each time, as with a",
         ),
-        (f"Nota: {BEHIND}", "all", 3, False, "of 8 prompts 4 have another number of tokens than"),
+        (f"Nota: {BEHIND}", "all", 3, False, "of 32 prompts 16 have another number of tokens than"),
         (BEHIND, "new", 0, None, "does not say how many tokens it reads in all"),
         (BEHIND, "nothing", 0, None, "does not say how many tokens it reads in all"),
     ],
@@ -201,3 +202,37 @@ def test_tokens_of_a_prompt_at_the_server_are_those_of_the_tokenizer(
     assert found["failed"] == (None if code == 0 else "served.tokens")
     for check in checks.values():
         assert not [part for part in translate(check["detail"], str) if part.foreign]
+
+
+# --- which model it runs
+
+
+def build_tiny(out: Path, *, adapter: bool) -> Path:
+    """Build a coarse variant of the tiny model, or of its base; return the file."""
+    path = recipe_path("tiny")
+    recipe = load_recipe(path)
+    if not adapter:
+        recipe = recipe.model_copy(update={"base": None, "adapter": None, "merged": recipe.base})
+    built = build(make_plan(Request(recipe, path.parent, out, ("q2_k",)), report=Silent()))
+    return built.folder / str(built.manifest["variants"][0]["file"])
+
+
+@pytest.mark.parametrize(("adapter", "code"), [(True, 0), (False, 3)])
+def test_server_that_runs_the_base_model_is_caught_in_the_coarsest_variant(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    adapter: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = build_tiny(tmp_path / "pack", adapter=True)
+    run_instead = weights if adapter else build_tiny(tmp_path / "base", adapter=False)
+    monkeypatch.setenv("MEDLLM_CACHE", str(tmp_path_factory.getbasetemp() / "kept"))
+    with serving(tmp_path / "store") as server:
+        hold(server, weights, BEHIND).write_bytes(run_instead.read_bytes())
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        sources = Sources(str(TINY), str(TINY.parent / "adapter"))
+        ended = invoke(tmp_path / "pack", sources, "--ollama=m:1", "--ctx=64")
+    assert getattr(ended.exception, "exit_code", ended.exit_code) == code, ended.output
+    (found,) = json.loads((tmp_path / "pack" / "parity.json").read_text())["variants"]
+    assert found["failed"] == (None if adapter else "served.raw")

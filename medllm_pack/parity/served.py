@@ -22,7 +22,9 @@ from medllm_pack.parity.checks import Check, at_least, broken, skipped
 from medllm_pack.parity.texts import shipped_texts
 from medllm_pack.parity.tokens import Tokenizer
 
-_PROMPTS, _CHARACTERS, _TOKENS = 4, 60, 24  # a few openings of notes
+# Openings of notes. Many short ones: of a coarse variant, even another model's text often parts at
+# a near tie, which says nothing, but hardly in every note.
+_PROMPTS, _CHARACTERS, _TOKENS = 16, 60, 12
 _FROM = re.compile(r"^FROM \S*sha256[-:]([0-9a-f]{64})\s*$", re.MULTILINE)
 # What the Modelfile sets for people is taken back: greedy, no penalty, no stop.
 _OPTIONS: Mapping[str, Any] = {
