@@ -256,3 +256,33 @@ def test_plan_names_the_70b_like_any_other(
     code, out, _ = run(["plan", "7b", *arguments], capsys)
     assert code == 0
     assert json.loads(out)["variants"][0]["types"]["Q5_K"] > 1
+
+
+@pytest.mark.parametrize(
+    "command", [["parity"], ["install"], ["inspect"], ["publish", "oci://x.example/a/b"]]
+)
+def test_folder_that_is_no_pack_is_named(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "leer").mkdir()
+    code, out, error = run([command[0], "leer", *command[1:]], capsys)
+    assert (code, out) == (1, "")
+    assert "'leer' is no pack: it holds no pack.json" in error
+
+
+def commands() -> dict[str, Any]:
+    import typer
+
+    from medllm_pack.cli.app import app
+
+    root: Any = typer.main.get_command(app)
+    below = root.commands["recipes"].commands
+    own = {name: command for name, command in root.commands.items() if name != "recipes"}
+    return own | {f"recipes {name}": command for name, command in below.items()}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_explains_its_options_and_knows_json(name: str) -> None:
+    options = {option.name: option for option in commands()[name].params}
+    assert [key for key, option in options.items() if not option.help] == []
+    assert "json" in options

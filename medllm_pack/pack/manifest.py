@@ -85,6 +85,10 @@ def read_manifest(folder: Path) -> Document:
     Raises:
         SourceError: if there is none, or it is of another schema.
     """
+    if not (folder / NAME).exists():
+        raise SourceError(
+            f"{shown(folder)} is no pack: it holds no {NAME}, which `medllm-pack build` writes"
+        )
     try:
         document = json.loads(files.read_small(folder / NAME))
     except ValueError as error:

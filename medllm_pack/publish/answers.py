@@ -77,7 +77,9 @@ def explained(origin: Origin, error: Exception) -> TransferError:
     fact = "gives no answer in time" if "Timeout" in name else f"cannot be reached ({name})"
     proxied = origin.scheme == "https" and proxy_for(host, origin.port)
     way = " through the proxy of HTTPS_PROXY" if proxied else ""
-    return InterruptedTransferError(f"{host} {fact}{way}; try again, what was sent is kept")
+    return InterruptedTransferError(
+        f"{host} {fact}{way}; try again; what has been transferred is kept"
+    )
 
 
 def _refused_by_proxy(host: str, status: str) -> TransferError:
