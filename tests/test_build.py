@@ -374,17 +374,18 @@ class Prepared(Silent):
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 def test_what_is_compiled_is_compiled_before_the_pass(
-    tmp_path: Path, tokenizer: bytes, dtype: str, quant: str
+    tmp_path: Path, tokenizer: bytes, dtype: str, quant: str, merged: bool
 ) -> None:
-    base = pico.write_model(tmp_path / "base", dtype=dtype, tokenizer=tokenizer)
+    model = pico.write_model(tmp_path / "base", dtype=dtype, tokenizer=tokenizer)
     adapter = pico.write_adapter(tmp_path / "adapter")
+    inputs: dict[str, Any] = {"merged": model} if merged else {"base": model, "adapter": adapter}
     kernels._compiled.cache_clear()
     report = Prepared()
-    run(tmp_path / "p", quants=[quant], base=base, adapter=adapter, report=report)
-    needs_kernels = dtype != "F16" or quant != "f16"
-    assert ("preparing kernels" in report.steps) == needs_kernels
-    assert "preparing the merge" in report.steps
+    run(tmp_path / "p", quants=[quant], report=report, **inputs)
+    assert ("preparing kernels" in report.steps) == ((dtype, quant, merged) != ("F16", "f16", True))
+    assert ("preparing the merge" in report.steps) != merged
     assert report.steps["building"] == kernels._compiled.cache_info().misses
 
 

@@ -217,10 +217,14 @@ def _quantizer(plan: Plan, device: DeviceName, report: Reporter) -> Quantizer:
     if plan.adapter is not None:
         report.step("preparing the merge")
         import_module("medllm_pack.weights.merging")
+    kernels.warm_up(
+        needs if device == "cpu" else (),
+        widening=plan.adapter is not None and "F16" in plan.stored,
+        narrowing=narrowing,
+        report=report,
+    )
     if device == "cpu":
-        kernels.warm_up(needs, narrowing=narrowing, report=report)
         return kernels.quantize
-    kernels.warm_up((), narrowing=narrowing, report=report)
     from medllm_pack.quant.device import door  # imports torch
 
     door.require(device)

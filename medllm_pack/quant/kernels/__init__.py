@@ -88,24 +88,26 @@ def quantize(
 def warm_up(
     needs: Iterable[tuple[str, bool]],
     *,
+    widening: bool = False,
     narrowing: bool = False,
     report: Reporter | None = None,
 ) -> None:
-    """Compile the kernels that will be needed, and :func:`widen`, or load them from the cache.
+    """Compile the kernels that will be needed, or load them from the cache.
 
     What is not ready after ``COMPILE_SECONDS`` is left to libggml in this process: slower, and the
     same bytes.
 
     Args:
         needs: type, and whether with an importance matrix.
-        narrowing: whether :func:`narrow` will be needed too.
+        widening: whether :func:`widen` will be needed, which every type needs.
+        narrowing: whether :func:`narrow` will be needed.
         report: listener.
     """
     ours = sorted({need for need in needs if _is_ours(*need)})
-    conversions = ["widen_half"] if ours else []
-    if narrowing and not is_switched_off():
+    conversions = ["widen_half"] if ours or widening else []
+    if narrowing:
         conversions.append("narrow_to_half")
-    if not conversions:
+    if not conversions or is_switched_off():
         return
     report = report or Silent()
     report.step("preparing kernels")
