@@ -35,13 +35,14 @@ from medllm_pack.parity.ways import (
     first_with_room,
     full_precision,
     list_ways,
+    multiplies_in_float32,
     whole_bytes,
 )
 from medllm_pack.progress import Silent
 from tests import pico
 from tests.packs import build_pack
 from tests.test_bad_input import run
-from tests.test_device_kernels import Live, Watch, on_gpu
+from tests.test_device_kernels import Live, Mode, Watch, on_gpu
 
 SEQUENCES = [[1, *range(260, 300)], [1, 7]]
 SHAPES: dict[str, tuple[pico.Pico, dict[str, Any]]] = {
@@ -418,6 +419,31 @@ def test_products_are_in_full_float32_whatever_was_set(tmp_path: Path, place: Na
     finally:
         torch.set_float32_matmul_precision("highest")
     assert report.seen == {("highest", False)}
+
+
+class TensorFloat(Mode):  # type: ignore[no-untyped-call]
+    """Multiply as TensorFloat-32 does: what goes in is rounded to ten bits."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        if str(func) == "aten.mm.default":
+            bits = [(tensor.view(torch.int32) + (1 << 12)) & ~0x1FFF for tensor in args]
+            args = [tensor.view(torch.float32) for tensor in bits]
+        return func(*args, **(kwargs or {}))
+
+
+def test_device_that_rounds_products_is_told_from_one_that_does_not() -> None:
+    assert multiplies_in_float32("cpu")
+    with TensorFloat():
+        assert not multiplies_in_float32("cpu")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_multiplies_in_float32_when_torch_is_told() -> None:
+    with full_precision():
+        assert multiplies_in_float32("cuda")
 
 
 def test_containers_that_turn_tf32_on_do_not_matter() -> None:

@@ -187,7 +187,7 @@ class Reference:
         """Write the logits after every id of every sequence into files; return them.
 
         Raises:
-            DeviceError: if the device fails, or has no room for a layer.
+            DeviceError: if the device fails, has no room for a layer, or rounds products.
         """
         compute = partial(self._compute, sequences, place)
         with full_precision():
@@ -196,6 +196,11 @@ class Reference:
         return paths
 
     def _compute(self, sequences: Sequences, place: Nameless, way: Way) -> list[Path]:
+        if way.device == "cuda" and not multiplies_in_float32("cuda"):
+            raise DeviceError(
+                f"{way.title} rounds float32 to fewer bits in products, though torch asks for all; "
+                "unset NVIDIA_TF32_OVERRIDE, or use --device cpu"
+            )
         compute = whole.compute_logits if way.whole else reference.compute_logits
         return compute(
             self.original, sequences, place=place, device=way.device, name=f"reference {way}",
@@ -230,3 +235,12 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def multiplies_in_float32(device: str) -> bool:
+    """Say whether a device multiplies matrices with all bits of float32, not with TF32's."""
+    import torch
+
+    # A bit that TensorFloat-32's ten do not reach, times one.
+    x = torch.full((256, 256), 1 + 2.0**-12, device=device)
+    return bool(torch.equal(x @ torch.eye(256, device=device), x))
