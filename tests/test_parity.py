@@ -30,7 +30,7 @@ from medllm_pack.errors import (
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.parity import allowance, worker
+from medllm_pack.parity import allowance, ways, whole, worker
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Sources, Weights
@@ -723,6 +723,25 @@ def test_command_shows_a_table_or_one_json_object(pack: Path, inputs: Sources) -
     page = (pack / "parity.html").read_text()
     assert "A referência foi calculada camada por camada (CPU)." in page
     assert "The reference was computed layer by layer (CPU)." in page
+
+
+def test_reference_in_one_piece_climbs_the_same_ladder(
+    pack: Path, inputs: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but on the CPU: what is kept, recorded and shown is what was computed."""
+    monkeypatch.setattr(ways, "ON_CPU", replace(ways.ON_CPU, whole=True))
+    kept = tmp_path / "kept"
+    for _ in range(2):
+        result = check_pack(
+            pack, texts=TEXTS, sources=inputs, runtime=Runtime(threads=1), device="cpu",
+            cache=kept, report=Silent(),
+        )  # fmt: skip
+        files = {path.name for path in kept.glob("*.npy")}
+        monkeypatch.setattr(whole, "compute_logits", None)  # the second time it is not called
+    assert result.passed
+    assert files
+    assert result.document["reference"] == {"device": "CPU", "way": "one piece"}
+    assert "com o modelo inteiro na memória (CPU)." in (pack / "parity.html").read_text()
 
 
 # --- figures
