@@ -100,7 +100,8 @@ def choose(recipe: Recipe, *, base: str | None, adapter: str | None, merged: str
         model = base or _source(recipe.base)
         if model is None:
             raise UsageError(
-                f"{recipe.name}: the recipe names no base model to merge into; add --base SRC"
+                f"{recipe.name}: the recipe names no base model to merge into; add --base SRC, "
+                "the 16-bit model that the adapter was trained on (adapter_config.json names it)"
             )
         return Sources(model, "base", lora, None)
     model = merged or _source(recipe.merged)
