@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -680,6 +681,26 @@ def test_gpu_that_is_not_there_is_one_line_with_the_command(pack: Path, inputs: 
         assert "CMAKE_ARGS=-DGGML_CUDA=on pip install" in str(ended.exception)
     assert not (pack / "parity.json").exists()
     assert isinstance(invoke(pack, inputs, "--gpu-layers", "viele").exception, UsageError)
+
+
+def test_pack_that_cannot_be_written_to_is_refused_before_the_work(pack: Path) -> None:
+    if os.geteuid() == 0:  # root may write everywhere but to what is mounted read-only
+        readonly = f"mount --bind {pack} {pack} && mount -o remount,bind,ro {pack}"
+        if subprocess.run(["unshare", "-m", "sh", "-c", readonly], capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        prefix = ["unshare", "-m", "sh", "-c", f'{readonly} && exec "$@"', "sh"]
+    else:
+        prefix = []
+        pack.chmod(0o500)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "medllm_pack", "parity", str(pack)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    pack.chmod(0o700)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "parity.json' cannot be written: " in line
+    assert line.endswith("choose a copy of the pack in a folder of yours")
 
 
 def test_missing_extra_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from medllm_pack import files
@@ -52,6 +53,16 @@ def summary(texts: Texts, verdicts: Sequence[Verdict]) -> dict[str, Any]:
             for verdict in verdicts
         ],
     }
+
+
+def require_place(folder: Path) -> None:
+    """Find out now, and not after hours, whether a verdict can be written into a pack.
+
+    Raises:
+        WriteError: if not.
+    """
+    with files.translated(folder / NAME, elsewhere="a copy of the pack in a folder of yours"):
+        TemporaryFile(dir=folder).close()
 
 
 def write(

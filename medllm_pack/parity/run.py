@@ -153,6 +153,7 @@ def check_pack(
     require_extra()
     manifest = read_manifest(folder)
     papers.derived(manifest)  # a pack.json that could not be written again is refused now
+    record.require_place(folder)
     runtime = runtime or Runtime()
     runtime.require()
     gpu.chosen(device)
