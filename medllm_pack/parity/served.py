@@ -229,5 +229,17 @@ def compare_texts(
     """
     for i, part in enumerate(ours):
         if not text.startswith(part.rstrip("\ufffd")):  # half a character is not there yet
-            return i, 0 if margins[i] < tie else len(ours) - i
+            first = i - 1 if _is_blank(ours, i - 1) else i
+            return first, 0 if min(margins[first : i + 1]) < tie else len(ours) - i
     return len(ours), 0
+
+
+def _is_blank(ours: Sequence[str], i: int) -> bool:
+    """Say whether a token is a blank alone.
+
+    Words begin with a blank, too: who chose one instead has parted there, and it shows one later.
+    """
+    if i < 0:
+        return False
+    before = ours[i - 1] if i else ""
+    return ours[i].removeprefix(before).isspace()
