@@ -36,7 +36,7 @@ from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import llamacpp
 from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.runtime import Runtime
-from medllm_pack.parity.served import compare_texts, opening
+from medllm_pack.parity.served import compare_texts, find_parting, opening
 from medllm_pack.parity.texts import shipped_texts
 from medllm_pack.progress import Silent
 from medllm_pack.recipe import load_recipe, recipe_path
@@ -204,12 +204,15 @@ def _served(path: Path, way: Way) -> Iterator[Server]:
 def _row(texts: Sequence[str], written: Sequence[Mapping[str, Any]]) -> str:
     """Return the share of tokens alike, the largest lead where texts part, and what fours get."""
     limits, total = Limits(), sum(len(w["texts"]) for w in written)
-    strict = _compared(texts, written, tie=0.0)
-    leads = [w["margins"][n] for (n, lost), w in zip(strict, written, strict=True) if lost]
+    partings = [
+        find_parting(text, ours["texts"], ours["margins"])
+        for text, ours in zip(texts, written, strict=True)
+    ]
+    leads = [parting[1] for parting in partings if parting]
     counted = _compared(texts, written, tie=limits.served_tie)
     shares = [_share(counted[i : i + ASKED]) for i in range(0, len(texts), ASKED)]
     passed = sum(share >= limits.served_agreement for share in shares)
-    alike = sum(n for n, _ in strict) / total
+    alike = sum(n for n, _ in counted) / total
     return (
         f"{alike:8.1%}{max(leads, default=0.0):8.3f}{min(shares):9.1%}{max(shares):9.1%}"
         f"{passed:6} of {len(shares)}"

@@ -125,10 +125,10 @@ def test_what_follows_a_near_tie_is_not_counted() -> None:
 def test_blank_alone_may_be_where_a_word_of_the_server_begins() -> None:
     ours, margins = ["em", "em ", "em 1", "em 19"], [1.0, 0.1, 2.0, 1.0]
     assert compare_texts("em MID", ours, margins, 0.35) == (1, 0)
-    assert compare_texts("em MID", ours, [1.0, 1.0, 2.0, 1.0], 0.35) == (1, 2)
+    assert compare_texts("em MID", ours, [1.0, 1.0, 2.0, 1.0], 0.35) == (1, 3)
     assert compare_texts("em 2", ours, [1.0, 1.0, 0.1, 1.0], 0.35) == (1, 0)
     assert compare_texts("MID", [" ", " 1"], [0.1, 2.0], 0.35) == (0, 0)
-    assert compare_texts(" MID", [" ", " 1"], [2.0, 2.0], 0.35) == (0, 1)
+    assert compare_texts(" MID", [" ", " 1"], [2.0, 2.0], 0.35) == (0, 2)
 
 
 def test_server_that_fails_is_a_finding_with_its_reason(

@@ -227,11 +227,22 @@ def compare_texts(
         margins: by how much each of our tokens led.
         tie: margin below which another choice is as good, and nothing after it can be compared.
     """
+    parting = find_parting(text, ours, margins)
+    if parting is None:
+        return len(ours), 0
+    at, lead = parting
+    return at, 0 if lead < tie else len(ours) - at
+
+
+def find_parting(
+    text: str, ours: Sequence[str], margins: Sequence[float]
+) -> tuple[int, float] | None:
+    """Return which of our tokens the server did not write, and by how much it led; None if all."""
     for i, part in enumerate(ours):
         if not text.startswith(part.rstrip("\ufffd")):  # half a character is not there yet
             first = i - 1 if _is_blank(ours, i - 1) else i
-            return first, 0 if min(margins[first : i + 1]) < tie else len(ours) - i
-    return len(ours), 0
+            return first, min(margins[first : i + 1])
+    return None
 
 
 def _is_blank(ours: Sequence[str], i: int) -> bool:
