@@ -21,6 +21,11 @@ def home() -> Path:
         return _NONE
 
 
+def is_missing(path: Path) -> bool:
+    """Say whether a path lies in the home folder of a user that has none."""
+    return path.is_relative_to(_NONE)
+
+
 def expanded(text: str | Path) -> Path:
     """Return a path with ``~`` and ``~user`` at its beginning replaced.
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from medllm_pack.errors import UsageError
+from medllm_pack.errors import StoreAccessError, UsageError
 from medllm_pack.home import expanded, home
-from medllm_pack.ollama.store import candidates
+from medllm_pack.ollama.store import Store, candidates
 from medllm_pack.parity import cache
 from medllm_pack.publish.credentials import exposed, ollama_key_path
 from medllm_pack.state import state_folder
@@ -35,6 +35,13 @@ def test_without_a_home_nothing_is_there_and_nothing_breaks() -> None:
     for path in (state_folder(), cache.folder(), ollama_key_path(), candidates()[0]):
         assert path.is_relative_to(home())
     assert [*exposed("oci"), *exposed("ollama")] == []
+
+
+@pytest.mark.usefixtures("_homeless")
+def test_store_without_a_home_asks_for_one() -> None:
+    with pytest.raises(StoreAccessError, match="no home folder .* set HOME, .* --store") as error:
+        Store(candidates()[0]).check_access()
+    assert "no-home" not in str(error.value)
 
 
 def test_home_that_does_not_exist_is_named() -> None:

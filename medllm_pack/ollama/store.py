@@ -21,7 +21,7 @@ from typing import Final
 from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import MedllmError, SourceError, StoreAccessError, WriteError, shown
-from medllm_pack.home import home
+from medllm_pack.home import home, is_missing
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import check, place, remove_stale, same_bytes
@@ -87,6 +87,11 @@ class Store:
         Raises:
             StoreAccessError: with the way out.
         """
+        if is_missing(self.root):
+            raise StoreAccessError(
+                "there is no home folder for a store of Ollama's; set HOME, name the store with "
+                "--store, or start Ollama so that its API can be used"
+            )
         folder, writable, owner = self.root / "blobs", False, "another user"
         try:
             while not folder.exists():
