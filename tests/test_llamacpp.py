@@ -43,6 +43,17 @@ def test_logits_do_not_depend_on_what_was_computed_before(file: Path) -> None:
         np.testing.assert_array_equal(model.logits([1, 300, 301]), first)
 
 
+def test_logits_of_texts_together_are_those_of_each_alone(file: Path) -> None:
+    texts = [[1, 300, 301], [1], [1] + [295, 290] * 150, [1, 291] * 140]  # more than a batch
+    with Model(file, n_ctx=512) as model:
+        alone = [model.logits(ids) for ids in texts]
+    with Model(file, n_ctx=512, sequences=4) as model:
+        for _ in range(2):  # what was computed before does not count
+            together = model.logits_of_all(texts)
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_allclose(other, one, rtol=0, atol=1e-4)
+
+
 def test_texts_written_together_are_those_written_alone(file: Path) -> None:
     prompts = [[1, 300, 301], [1, 290], [1, 291, 292, 293, 294], [1] + [295] * 14]
     with Model(file, n_ctx=16) as model:

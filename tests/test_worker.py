@@ -286,6 +286,20 @@ def test_sound_files_need_less_than_half_of_what_they_may_take(
             assert np.load(path).shape == (len(prompts[0]), CONFIG.vocab_size)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "batches"),
+    [
+        ([256] * 4, [[0, 1], [2, 3]]),
+        ([600, 10, 502, 1, 512, 2], [[0], [1, 2], [3], [4], [5]]),
+        ([3] * 19, [list(range(8)), list(range(8, 16)), [16, 17, 18]]),
+    ],
+)
+def test_texts_that_fit_into_a_batch_go_together(
+    lengths: list[int], batches: list[list[int]]
+) -> None:
+    assert [list(batch) for batch in allowance.in_batches(lengths)] == batches
+
+
 def test_allowance_of_a_7b_is_known(tmp_path: Path) -> None:
     shape = SimpleNamespace(
         hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32,

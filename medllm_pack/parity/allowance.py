@@ -23,7 +23,7 @@ _BASE: Final = 1 << 30  # Python, numpy and llama.cpp take a sixth of it
 _GPU_LIBRARIES: Final = 4 << 30
 _STACK: Final = 16 << 20  # of a thread
 _BATCH: Final = 512  # tokens that llama.cpp computes together
-TOGETHER: Final = 8  # texts that are continued a token of each at a time
+TOGETHER: Final = 8  # texts that llama.cpp has in hand at a time
 _ROOM: Final = 2  # times what the arithmetic below gives
 _ANSWER: Final = 4 << 20
 
@@ -97,6 +97,17 @@ def to_compute(
     return Allowance(seconds, seconds * threads, memory, written, gpu=gpu)
 
 
+def in_batches(lengths: Sequence[int]) -> list[range]:
+    """Return which texts are computed together: neighbours that fit into one batch."""
+    batches, start, room = [], 0, _BATCH
+    for i, length in enumerate(lengths):
+        if i > start and (length > room or i - start == TOGETHER):
+            batches.append(range(start, i))
+            start, room = i, _BATCH
+        room -= length
+    return [*batches, range(start, len(lengths))]
+
+
 def _to_load() -> int:
     """Return the addresses that a worker may take before it opens a file."""
     libraries = ggml.gpu_libraries().values()
@@ -117,7 +128,8 @@ def _working_memory(config: Any, context: int, together: int) -> int:
     kept = 2 * config.num_hidden_layers * kv * 2 * context * together  # F16
     wide = 8 * config.hidden_size + 4 * config.intermediate_size + 2 * config.vocab_size
     batch = 4 * _BATCH * (wide + 2 * config.num_attention_heads * context)
-    logits = 3 * 4 * config.vocab_size * context  # in parts, as a whole, and on their way to disk
+    # In parts, as a whole, and on their way to disk.
+    logits = 3 * 4 * config.vocab_size * max(context, _BATCH)
     total: int = kept + batch + logits
     return total
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from medllm_pack.errors import WorkerError
 from medllm_pack.parity import worker
-from medllm_pack.parity.allowance import TOGETHER, Allowance, to_compute, to_read
+from medllm_pack.parity.allowance import TOGETHER, Allowance, in_batches, to_compute, to_read
 from medllm_pack.parity.nameless import Nameless, descriptor
 from medllm_pack.parity.runtime import Runtime
 
@@ -74,8 +74,10 @@ class Jobs:
     def logits(self, sequences: Sequence[Ids], place: Nameless) -> list[Path]:
         """Let the logits of each sequence be written into a file; return the files."""
         paths = [place.new() for _ in sequences]
+        lengths = [len(ids) for ids in sequences]
+        together = max(map(len, in_batches(lengths)))
         self._compute(
-            "logits", [len(ids) for ids in sequences], writes=True, tokens=0,
+            "logits", lengths, writes=True, tokens=0, together=together,
             sequences=_lists(sequences), files=[descriptor(path) for path in paths],
         )  # fmt: skip
         for path, ids in zip(paths, sequences, strict=True):

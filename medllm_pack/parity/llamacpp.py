@@ -110,8 +110,15 @@ class Model:
         Raises:
             MedllmError: if llama.cpp cannot compute them.
         """
+        return self.logits_of_all([ids])[0]
+
+    def logits_of_all(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Do that for several texts, at most ``sequences`` of them, each from an empty context."""
         self._forget()
-        return self._decode([Token(id_, i) for i, id_ in enumerate(ids)])
+        rows = self._decode(
+            [Token(id_, i, text) for text, ids in enumerate(texts) for i, id_ in enumerate(ids)]
+        )
+        return np.split(rows, np.cumsum([len(ids) for ids in texts])[:-1])
 
     def write(self, prompt: str, *, tokens: int) -> str:
         """Return the greedy continuation of a prompt, up to an end of text."""

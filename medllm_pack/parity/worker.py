@@ -19,7 +19,7 @@ from typing import Any
 
 import medllm_pack
 from medllm_pack.errors import MedllmError, WorkerError, shown
-from medllm_pack.parity.allowance import TOGETHER, Allowance
+from medllm_pack.parity.allowance import TOGETHER, Allowance, in_batches
 from medllm_pack.parity.process import ask, forbid_dumps, why
 
 Command = Sequence[str]
@@ -181,10 +181,16 @@ def _logits(
     from medllm_pack.parity.llamacpp import Model
 
     context = max(map(len, sequences))
-    with Model(Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers) as loaded:
-        for number, ids in zip(files, sequences, strict=True):
-            with os.fdopen(number, "wb") as file:
-                np.save(file, loaded.logits(ids))
+    batches = in_batches([len(ids) for ids in sequences])
+    with Model(
+        Path(model), n_ctx=context, threads=threads, gpu_layers=gpu_layers,
+        sequences=max(map(len, batches)),
+    ) as loaded:  # fmt: skip
+        for batch in batches:
+            scores = loaded.logits_of_all([sequences[i] for i in batch])
+            for i, rows in zip(batch, scores, strict=True):
+                with os.fdopen(files[i], "wb") as file:
+                    np.save(file, rows)
     return {}
 
 
