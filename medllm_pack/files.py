@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,31 +45,32 @@ def sha256(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
 class DigestBehind:
     """A SHA-256 computed by a thread of its own while its caller fetches the next bytes.
 
-    One piece is digested at a time: what was given before the last piece may be overwritten.
+    What was given before the last ``behind`` pieces may be overwritten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, behind: int = 1) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
-        self._last: Future[None] | None = None
+        self._behind = behind
+        self._pending: deque[Future[None]] = deque()
 
     def update(self, data: memoryview) -> None:
-        """Give the next bytes; they must stay as they are until the call after this one."""
-        self._wait()
-        self._last = self._thread.submit(self._digest.update, data)
+        """Give the next bytes; they must stay as they are until ``behind`` more calls."""
+        self._wait(self._behind - 1)
+        self._pending.append(self._thread.submit(self._digest.update, data))
 
     def hexdigest(self) -> str:
         """Return the digest of everything given."""
-        self._wait()
+        self._wait(0)
         return self._digest.hexdigest()
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
+    def _wait(self, most: int) -> None:
+        while len(self._pending) > most:
+            self._pending.popleft().result()
 
 
 def canonical_json(value: Any) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from medllm_pack.errors import CheckpointError
+from medllm_pack.weights import safetensors
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.safetensors import TensorFile
 from tests import pico
@@ -81,13 +82,31 @@ def test_digest_is_that_of_the_file_in_any_reading_order(
     assert file.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_reading_in_file_order_reads_every_byte_once(llama_folder: Path) -> None:
+@pytest.mark.parametrize("order", ["file", "reversed", "turned"])
+def test_reading_every_tensor_reads_every_byte_once(llama_folder: Path, order: str) -> None:
     file = TensorFile(llama_folder / "model.safetensors")
+    specs, half = file.tensors, len(file.tensors) // 2
+    turned = (*specs[half:], *specs[:half])
     before = _bytes_read()
-    for spec in file.tensors:
-        file.read(spec, 0, spec.rows)
+    for spec in {"file": specs, "reversed": specs[::-1], "turned": turned}[order]:
+        for start in range(0, spec.rows, 7):
+            file.read(spec, start, min(start + 7, spec.rows))
     file.digest()
     assert _bytes_read() - before <= file.size
+
+
+@pytest.mark.parametrize("room", [0, 1000, 100_000])
+def test_what_finds_no_room_to_wait_is_read_again_for_the_digest(
+    llama_folder: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "WAITING_BYTES", room)
+    file = TensorFile(llama_folder / "model.safetensors")
+    for spec in (*file.tensors[::-1], *file.tensors[::3]):
+        file.read(spec, 0, spec.rows)
+        file.read(spec, spec.rows // 2, spec.rows)
+        assert sum(data.size for data in file._waiting.values()) == file._waiting_bytes <= room
+    content = (llama_folder / "model.safetensors").read_bytes()
+    assert file.digest() == hashlib.sha256(content).hexdigest()
 
 
 def _bytes_read() -> int:

@@ -1,10 +1,11 @@
 """The build: one pass over the weights, every variant written on the way.
 
-Blocks of rows are read in the order of the input files, so that every byte is read and hashed
-once. Each block gets the adapter, is rounded once to F16, and the same block goes to every variant
-at its planned offset. Reading is one thread's work; arithmetic and writing are the pool's.
+Blocks of rows are read in nearly the order of the outputs (order.py); every byte is read once, and
+hashed when its turn comes. Each block gets the adapter, is rounded once to F16, and the same block
+goes to every variant at its planned offset. Reading is one thread's work; arithmetic and writing
+are the pool's.
 
-Memory: a few blocks, whatever the size of the model.
+Memory: a few blocks, and what waits for its digest, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.known import Known
 from medllm_pack.pack import manifest, papers
 from medllm_pack.pack.half import finite, to_half
+from medllm_pack.pack.order import reading_order
 from medllm_pack.pack.output import KEPT_BYTES, Output
 from medllm_pack.pack.plan import Plan
 from medllm_pack.pack.variants import PlannedFile
@@ -37,8 +39,9 @@ from medllm_pack.quant.device import DeviceName
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.header import TensorSpec
 from medllm_pack.weights.merged import Merged
-from medllm_pack.weights.safetensors import Rows, Values
+from medllm_pack.weights.safetensors import WAITING_BYTES, Rows, Values
 
+_NORMS = 16 << 20  # more than the norms of any model take while they wait
 BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
 
 Source = Checkpoint | Merged
@@ -208,7 +211,7 @@ def memory_bytes(files: int, *, threads: int) -> int:
     # widened and quantized; for every file what waits for its digest, and
     # two buffers.
     block = BLOCK_WEIGHTS * (22 + 2 * files)
-    return (170 << 20) + (threads + 1) * block + files * (KEPT_BYTES + (8 << 20))
+    return (170 << 20) + WAITING_BYTES + (threads + 2) * block + files * (KEPT_BYTES + (8 << 20))
 
 
 def _quantizer(plan: Plan, device: DeviceName, report: Reporter) -> Quantizer:
@@ -245,12 +248,16 @@ def _stream(
         }
         if plan.bytes_to_read > files.memory_available() // 2:
             source.bypass_page_cache()  # what is smaller may be in the page cache already
-        specs = list(source.tensors.values())
+        names = {tensor.source: tensor.name for tensor in llama.tensors(plan.config)}
+        layout = plan.files[0].layout
+        specs = list(
+            reading_order(source.tensors.values(), names, layout, room=WAITING_BYTES - _NORMS)
+        )
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
         convert = _Converter(plan, source, outputs, quantize)
-        # One worker more than processors: one of them waits for the disk most of the time.
-        for read in ahead.each(convert, blocks, workers=threads + 1, name="block"):
+        # Two workers more than processors: one or two of them wait for the disk most of the time.
+        for read in ahead.each(convert, blocks, workers=threads + 2, name="block"):
             report.advance(read)
         report.step("finishing")
         inputs = source.digests()
@@ -282,7 +289,7 @@ def _compare_with_hub(plan: Plan, inputs: Digests) -> None:
 
 
 def _blocks(source: Source, specs: Sequence[TensorSpec], *, head_dim: int) -> Iterator[Rows]:
-    """Read every tensor in blocks of rows that hold whole heads, in the order of the files.
+    """Read every tensor in blocks of rows that hold whole heads.
 
     The norms come first, some hundred kilobytes: they are scattered over the outputs, whose digests
     could not follow the writing otherwise.

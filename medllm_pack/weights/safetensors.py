@@ -3,7 +3,8 @@
 Reads with ``pread`` on one descriptor, never through a memory map, so that a file cut short while
 it is read is an error and not a signal. Knows nothing of GGUF, adapters or the other shards.
 
-Memory: the header, and the rows that were asked for.
+Memory: the header, the rows that were asked for, and at most :data:`WAITING_BYTES` of those that
+were read before their turn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from medllm_pack.weights.header import (
 Values = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 
 _READ_CHUNK = 4 << 20
-_SMALL_GAP = 1 << 20
+_BEHIND = 32  # pieces that are digested while others are read
+WAITING_BYTES = 160 << 20  # read before their turn and kept for the digest; a 7B's attention in F16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class Rows:
 class TensorFile:
     """One safetensors file: its header, its rows, and the digest of what was read.
 
-    Read in the order of the file, the SHA-256 costs no second pass: every byte is hashed as it
-    comes by. What was skipped or read out of order is read again for :meth:`digest`.
+    The SHA-256 costs no second pass: every byte is hashed as it comes by, and what comes before its
+    turn is kept until then. What was skipped, or found no room, is read for :meth:`digest`.
     """
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
@@ -70,11 +72,14 @@ class TensorFile:
         """
         self.name = name or path.name
         self._step = 1
-        self._hash = DigestBehind()
+        # Many pieces may have their turn at once; reading goes on meanwhile.
+        self._hash = DigestBehind(behind=_BEHIND)
         self._fd = _open_regular(path, self.name)
         try:
             self._status = os.fstat(self._fd)
             self._hashed = 0
+            self._waiting: dict[int, NDArray[np.uint8]] = {}
+            self._waiting_bytes = 0
             self.tensors = self._read_header()
         except BaseException:
             self.close()
@@ -97,7 +102,9 @@ class TensorFile:
             CheckpointError: if the file changed since it was opened.
         """
         while self._hashed < self.size:
-            self._pread(self._hashed, min(_READ_CHUNK, self.size - self._hashed))
+            later = (offset for offset in self._waiting if offset > self._hashed)
+            end = min(self._hashed + _READ_CHUNK, self.size, *later)
+            self._pread(self._hashed, end - self._hashed)
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
             raise CheckpointError(f"{shown(self.name)} changed while it was read; build again")
@@ -115,12 +122,16 @@ class TensorFile:
             self._fd = -1
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
-        if self._hashed < offset <= self._hashed + _SMALL_GAP:
-            self._pread(self._hashed, offset - self._hashed)  # a norm that was read ahead
         data = self._window(offset, offset + size)
-        if offset == self._hashed:
-            self._hash.update(data.data)
-            self._hashed += size
+        if offset > self._hashed and self._waiting_bytes + size <= WAITING_BYTES:
+            self._waiting_bytes += size - len(self._waiting.get(offset, b""))
+            self._waiting[offset] = data
+        turn: NDArray[np.uint8] | None = data if offset == self._hashed else None
+        while turn is not None:
+            self._hash.update(turn.data)
+            self._hashed += turn.size
+            turn = self._waiting.pop(self._hashed, None)
+            self._waiting_bytes -= 0 if turn is None else turn.size
         return data
 
     def _window(self, start: int, end: int) -> NDArray[np.uint8]:
