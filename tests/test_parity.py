@@ -240,6 +240,32 @@ def test_pack_of_merged_weights_passes_without_a_merge_proof(
     assert {c.name: c.passed for c in verdict.checks}["merge.pairs"] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 320, "content": "<|im_end|>"}]}),
+        ("added_tokens.json", {"<|im_end|>": 320}),
+        ("added_tokens.json", {"<|im_end|>": 777}),  # without a row: what the pieces say counts
+    ],
+)
+def test_end_of_text_that_was_added_is_among_the_inputs_and_passes(
+    tmp_path: Path, tokenizer: bytes, name: str, content: dict[str, Any]
+) -> None:
+    base = pico.write_model(tmp_path / "b", replace(pico.LLAMA, vocab=321), tokenizer=tokenizer)
+    (base / name).write_text(json.dumps(content))
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    inputs = Sources(str(base), str(pico.write_adapter(tmp_path / "a")))
+    pack = build_pack(tmp_path / "p", inputs, ["f16"])
+    recorded = json.loads((pack / "pack.json").read_text(encoding="utf-8"))["inputs"][0]["files"]
+    digest = hashlib.sha256((base / name).read_bytes()).hexdigest()
+    assert [file["sha256"] for file in recorded if file["name"] == name] == [digest]
+    [verdict] = check(pack, inputs).verdicts
+    assert verdict.failed is None
+    (base / name).write_text("{}")
+    with pytest.raises(SourceError, match=rf"'{name}' is not the file that the pack"):
+        check(pack, inputs)
+
+
 def test_tiny_passes_with_the_sources_that_its_recipe_names(tmp_path: Path) -> None:
     path = recipe_path("tiny")
     request = Request(

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 import medllm_pack
 from medllm_pack import files
 from medllm_pack.errors import SourceError, UsageError, shown
+from medllm_pack.gguf.added import FAST
+from medllm_pack.pack.claims import CHAT
 from medllm_pack.pack.plan import Plan
 from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.quant import ggml
@@ -34,8 +36,8 @@ Document = dict[str, Any]
 Digests = Mapping[str, tuple[int, str]]
 
 # Small files that decide what comes out; weights are digested while they are read.
-_USED = ("config.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
-         INDEX, ADAPTER_CONFIG)  # fmt: skip
+_USED = ("config.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", FAST,
+         CHAT, INDEX, ADAPTER_CONFIG)  # fmt: skip
 
 
 def describe(plan: Plan, *, inputs: Digests, digests: Digests) -> Document:

@@ -60,23 +60,22 @@ class Original:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        document: dict[str, Any] = json.loads(files.read_small(self.model["config.json"]))
-        return document
+        return self._read("config.json")
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json; empty if there is none."""
-        path = self.model.get("tokenizer_config.json")
-        document: dict[str, Any] = json.loads(files.read_small(path)) if path else {}
-        return document
+        return self._read("tokenizer_config.json")
 
     @cached_property
-    def fast_tokens(self) -> list[dict[str, Any]]:
-        """The tokens that tokenizer.json adds; empty if there is none."""
-        path = self.model.get("tokenizer.json")
-        document = json.loads(files.read_small(path, limit=64 << 20)) if path else {}
-        added: list[dict[str, Any]] = document.get("added_tokens") or []
-        return added
+    def added_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that the JSON files add and the embedding has a row for, by text."""
+        added: dict[str, int] = self._read("added_tokens.json")
+        entries = self._read("tokenizer.json").get("added_tokens") or []
+        added = added | {entry["content"]: entry["id"] for entry in entries}
+        decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
+        added |= {entry["content"]: int(key) for key, entry in decoder.items()}
+        return {text: id_ for text, id_ in added.items() if id_ < self.config["vocab_size"]}
 
     def transformers_config(self) -> Any:
         """Return the configuration as transformers reads it."""
@@ -126,6 +125,13 @@ class Original:
         if tensors:
             raise MedllmError(f"PEFT has no place for the adapter tensor {shown(min(tensors))}")
         return result
+
+    def _read(self, name: str) -> dict[str, Any]:
+        if name not in self.model:
+            return {}
+        text = files.read_small(self.model[name], limit=64 << 20)  # as the build reads them
+        document: dict[str, Any] = json.loads(text)
+        return document
 
 
 class Weights:

@@ -64,12 +64,10 @@ class Tokenizer:
         self.adds_eos = config.get("add_eos_token") is True
         # SentencePiece always puts the prefix that its model asks for.
         self.comparable = config.get("add_prefix_space") is not False
-        decoder: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
-        self.added = {int(key) for key in decoder}
-        texts = {entry["content"]: int(key) for key, entry in decoder.items()}
-        texts |= {entry["content"]: entry["id"] for entry in original.fast_tokens}
-        self.bos = self._id_of(config.get("bos_token"), texts, self.pieces.bos_id())
-        self.eos = self._id_of(config.get("eos_token"), texts, self.pieces.eos_id())
+        self.added = {int(key) for key in config.get("added_tokens_decoder") or {}}
+        added = original.added_tokens
+        self.bos = self._id_of(config.get("bos_token"), added, self.pieces.bos_id())
+        self.eos = self._id_of(config.get("eos_token"), added, self.pieces.eos_id())
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS and EOS as the tokenizer adds them."""
@@ -82,7 +80,9 @@ class Tokenizer:
         text = token.get("content") if isinstance(token, Mapping) else token
         if not isinstance(text, str):
             return own
-        id_ = added.get(text, self.pieces.piece_to_id(text))
+        if text in added:
+            return added[text]
+        id_: int = self.pieces.piece_to_id(text)
         return own if self.pieces.is_unknown(id_) else id_
 
 
