@@ -208,8 +208,8 @@ def memory_bytes(files: int, *, threads: int) -> int:
         threads: as for :func:`build`.
     """
     # The interpreter with numpy and numba; for every worker a block as it is read, merged, rounded,
-    # widened and quantized; for every file what waits for its digest, and
-    # two buffers.
+    # widened and quantized; what waits for the digest of an input; for every file what waits for
+    # its digest, and two buffers.
     block = BLOCK_WEIGHTS * (22 + 2 * files)
     return (170 << 20) + WAITING_BYTES + (threads + 2) * block + files * (KEPT_BYTES + (8 << 20))
 

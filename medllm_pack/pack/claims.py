@@ -21,9 +21,8 @@ from medllm_pack.weights.adapter_config import AdapterConfig
 from medllm_pack.weights.needed import listed
 from medllm_pack.weights.sources import LocalCopy
 
-CHAT = (
-    "chat_template.jinja"  # where transformers 5 writes what version 4 put into the configuration
-)
+# Where transformers 5 writes what version 4 put into the configuration.
+CHAT = "chat_template.jinja"
 # Names of the same 16-bit weights: conversions, and what trainers quantize on the way.
 _SAME = re.compile(r"([-_.](hf|bnb|unsloth|4bit|8bit))+\Z")
 

@@ -5,8 +5,8 @@ The whole pages of a block are written at once; a page that two blocks share wai
 A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
 complete from the start and digests it while later blocks are still being made, so that it costs no
 pass of its own. A block whose turn comes soon is digested from memory, where the last few are kept.
-One whose turn comes much later is read back: inputs are sorted by name and outputs by number, so
-that is most of a 7B that lies in one file (docs/log.md).
+One whose turn comes much later is read back: layers lie in the order of names in an input, so that
+is about half of a 7B's outputs (docs/log.md).
 
 Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; two buffers a file,
 one window a thread, and a page where two tensors meet.

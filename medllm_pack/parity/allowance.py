@@ -22,7 +22,7 @@ _BASE: Final = 1 << 30  # Python, numpy and llama.cpp take a sixth of it
 # 0.7 GiB in CUDA 13, 0.8 in CUDA 12.
 _GPU_LIBRARIES: Final = 4 << 30
 _STACK: Final = 16 << 20  # of a thread
-_BATCH: Final = 512  # tokens that llama.cpp computes together
+BATCH: Final = 512  # tokens that llama.cpp computes together: what they need is bounded
 TOGETHER: Final = 8  # texts that llama.cpp has in hand at a time
 _ROOM: Final = 2  # times what the arithmetic below gives
 _ANSWER: Final = 4 << 20
@@ -83,7 +83,7 @@ def to_compute(
         together: prompts whose keys and values are held at a time.
     """
     size, context = file.stat().st_size, max(prompts, default=0) + tokens + 1
-    passes = sum(-(-length // _BATCH) + tokens for length in prompts)
+    passes = sum(-(-length // BATCH) + tokens for length in prompts)
     operations = 2 * _parameters(config) * (sum(prompts) + tokens * len(prompts))
     seconds = _MINUTES + passes * size / _DISK + operations / _SPEED
     if gpu:
@@ -99,11 +99,11 @@ def to_compute(
 
 def in_batches(lengths: Sequence[int]) -> list[range]:
     """Return which texts are computed together: neighbours that fit into one batch."""
-    batches, start, room = [], 0, _BATCH
+    batches, start, room = [], 0, BATCH
     for i, length in enumerate(lengths):
         if i > start and (length > room or i - start == TOGETHER):
             batches.append(range(start, i))
-            start, room = i, _BATCH
+            start, room = i, BATCH
         room -= length
     return [*batches, range(start, len(lengths))]
 
@@ -127,9 +127,9 @@ def _working_memory(config: Any, context: int, together: int) -> int:
     context = -(-context // 256) * 256  # llama.cpp rounds up
     kept = 2 * config.num_hidden_layers * kv * 2 * context * together  # F16
     wide = 8 * config.hidden_size + 4 * config.intermediate_size + 2 * config.vocab_size
-    batch = 4 * _BATCH * (wide + 2 * config.num_attention_heads * context)
+    batch = 4 * BATCH * (wide + 2 * config.num_attention_heads * context)
     # In parts, as a whole, and on their way to disk.
-    logits = 3 * 4 * config.vocab_size * max(context, _BATCH)
+    logits = 3 * 4 * config.vocab_size * max(context, BATCH)
     total: int = kept + batch + logits
     return total
 

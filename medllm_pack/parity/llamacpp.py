@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medllm_pack.errors import MedllmError, shown
-
-_BATCH = 512  # tokens that llama.cpp computes together: what they need of memory is bounded
+from medllm_pack.parity.allowance import BATCH
 
 
 class Token(NamedTuple):
@@ -81,7 +80,7 @@ class Model:
         settings = api.llama_context_default_params()
         settings.n_ctx = self.n_ctx * self.sequences
         settings.n_seq_max = self.sequences
-        settings.n_batch = settings.n_ubatch = min(settings.n_ctx, _BATCH)
+        settings.n_batch = settings.n_ubatch = min(settings.n_ctx, BATCH)
         settings.n_threads = settings.n_threads_batch = threads
         # As with repacking: one way through the kernels on every machine.
         settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -202,7 +201,7 @@ class Model:
 
     def _decode(self, tokens: Sequence[Token]) -> NDArray[np.float32]:
         """Return the logits after the tokens that want them, shape (of those, n_vocab)."""
-        parts = (tokens[at : at + _BATCH] for at in range(0, len(tokens), _BATCH))
+        parts = (tokens[at : at + BATCH] for at in range(0, len(tokens), BATCH))
         return np.concatenate([self._decode_batch(part) for part in parts])
 
     def _decode_batch(self, tokens: Sequence[Token]) -> NDArray[np.float32]:

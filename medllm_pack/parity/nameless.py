@@ -13,7 +13,6 @@ from __future__ import annotations
 import tempfile
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,11 @@ from medllm_pack import files
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
-class Nameless:
+class Nameless(ExitStack):
     """Files that take room in the folder for temporary files, until this is closed.
 
     Each costs a descriptor; whoever needs hundreds writes more into each.
     """
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
 
     def new(self) -> Path:
         """Return the path of a new, empty file.
@@ -42,7 +38,7 @@ class Nameless:
         with _explained():
             # O_TMPFILE; where a file system does not know that, the name is removed at once.
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self._open.enter_context(file)
+        self.enter_context(file)
         return _DESCRIPTORS / str(file.fileno())
 
     def save(self, array: NDArray[Any]) -> Path:
@@ -55,21 +51,6 @@ class Nameless:
         with _explained(), path.open("wb") as file:
             np.save(file, array)
         return path
-
-    def close(self) -> None:
-        """Let go of all files."""
-        self._open.close()
-
-    def __enter__(self) -> Nameless:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def descriptor(path: Path) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import gguf
@@ -77,10 +78,11 @@ class Stored:
 
     path: Path
     header: GGUFFile
-    slots: Mapping[str, Slot] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", {slot.name: slot for slot in self.header.tensors})
+    @cached_property
+    def slots(self) -> Mapping[str, Slot]:
+        """Places by tensor name."""
+        return {slot.name: slot for slot in self.header.tensors}
 
     def mismatches(self, wanted: Wanted) -> Iterator[str]:
         """Yield every tensor that is missing, too many, or of another shape."""

@@ -84,7 +84,8 @@ class Wanted:
             added = None if added is None else _interleave(added, self._head_dim)
         if added is None:
             return Rows(base, None, base, base if _is_half(tensor) else _as_stored(base))
-        return Rows(base, added, base + added, _as_stored(base + added))
+        exact = base + added
+        return Rows(base, added, exact, _as_stored(exact))
 
 
 def as_bfloat(stored: Floats) -> Floats:

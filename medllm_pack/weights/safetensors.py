@@ -3,8 +3,8 @@
 Reads with ``pread`` on one descriptor, never through a memory map, so that a file cut short while
 it is read is an error and not a signal. Knows nothing of GGUF, adapters or the other shards.
 
-Memory: the header, the rows that were asked for, and at most :data:`WAITING_BYTES` of those that
-were read before their turn.
+Memory: the header, the rows that were asked for, at most :data:`WAITING_BYTES` of those that were
+read before their turn, and the pieces that are being digested.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The search for a scale and a minimum that several formats share, two sub-blocks at a time.
 
-Additions to a sum wait for each other, and those of the other sub-block fill that time: 10 to 20 %
-on an AVX-512 and on an AVX2 machine (docs/log.md). As in search.py, what is kept of the best try is
-the scale its levels came from, not the levels.
+Additions to a sum wait for each other, and those of the other sub-block fill that time (docs/log.md
+has what that is worth). As in search.py, what is kept of the best try is the scale its levels came
+from, not the levels.
 """
 
 from __future__ import annotations
