@@ -114,6 +114,53 @@ def test_the_registry_dies_and_comes_back(
         assert registry.check_whole(name)["7b"] == str(sent.images[0].image.digest)
 
 
+def files_of(registry: Registry) -> list[Path]:
+    return sorted(path for path in (registry.folder / "store").rglob("*") if path.is_file())
+
+
+def test_what_a_killed_registry_had_begun_to_write_is_mended(
+    registry: Registry, tmp_path: Path
+) -> None:
+    sent, target = release(tmp_path / "r", size=SIZE), registry.target()
+    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
+    push(sent, target, access=ACCESS, options=options)
+    listed = f"ns/model/manifests/{sent.images[0].image.digest.file_name}"
+    links = [path for path in files_of(registry) if path.name == "link"]
+    broken = 0
+    for path in links:
+        path.write_bytes(path.read_bytes()[:20])
+        lost = registry.get(listed).status_code == 500
+        broken += lost
+        done = push(sent, target, access=ACCESS, options=options)
+        assert ["begun anew" in said for said in done.notices] == [True] * lost, path
+        assert registry.check_whole()["7b"] == str(sent.images[0].image.digest)
+    assert len(links) > 12
+    assert broken == 2  # the tag of the list, and its manifest
+
+
+def test_an_upload_of_which_a_killed_registry_lost_a_file_ends_well(
+    registry: Registry, tmp_path: Path
+) -> None:
+    sent = release(tmp_path / "r", size=SIZE)
+    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
+    n = 0
+    while True:
+        access, _ = stop_before_chunk(3)
+        name = f"lost/r{n}"
+        with pytest.raises(KeyboardInterrupt):
+            push(sent, registry.target(name), access=access, options=options)
+        begun = [
+            path for path in files_of(registry) if name in str(path) and "_uploads" in str(path)
+        ]
+        if n == len(begun):
+            break
+        begun[n].write_bytes(b"")
+        push(sent, registry.target(name), access=ACCESS, options=options)
+        assert registry.check_whole(name)["7b"] == str(sent.images[0].image.digest)
+        n += 1
+    assert n >= 3
+
+
 def patches(made: list[Striking]) -> list[str]:
     seen = made[0].seen
     return [request.headers["Content-Range"] for request in seen if request.method == "PATCH"]

@@ -59,7 +59,7 @@ def busy(answer: Answer) -> InterruptedTransferError:
     """Return what an answer means that another try may better."""
     host = Origin.of(answer.url).host
     said = f"{host} answers {answer.status}; try again later"
-    return InterruptedTransferError(said, asked_s=retry_after(answer.headers))
+    return InterruptedTransferError(said, asked_s=retry_after(answer.headers), status=answer.status)
 
 
 def explained(origin: Origin, error: Exception) -> TransferError:

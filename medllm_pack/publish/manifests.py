@@ -15,6 +15,7 @@ from medllm_pack.progress import Reporter
 from medllm_pack.publish.gate import ANNOTATIONS
 from medllm_pack.publish.registry import Registry
 from medllm_pack.publish.release import OCI_INDEX
+from medllm_pack.publish.trying import GivenUpError
 
 
 def put_image(registry: Registry, image: Image, *, by_digest: bool, report: Reporter) -> None:
@@ -24,7 +25,7 @@ def put_image(registry: Registry, image: Image, *, by_digest: bool, report: Repo
         TransferError: if the registry refuses, or has not what it took.
     """
     if by_digest:
-        if registry.manifest(str(image.digest), accept=image.media_type) is None:
+        if registry.manifest(str(image.digest), accept=image.media_type, mend=True) is None:
             _stored(registry, image, str(image.digest))
         found = registry.manifest(str(image.digest), accept=image.media_type)
         if found is None or found.data != image.manifest:
@@ -66,7 +67,7 @@ def attach(registry: Registry, paper: Image, *, subject: Image) -> list[str]:
     """Store papers whose subject is an image, and list them where the registry does not.
 
     Returns:
-        What the user should know, where the registry takes no papers.
+        What the user should know, as where the registry takes no papers.
 
     Raises:
         TransferError: if the registry refuses, or takes no record of what was accepted by name.
@@ -83,7 +84,7 @@ def attach(registry: Registry, paper: Image, *, subject: Image) -> list[str]:
             "in the model itself, pack.json and the card are not published there"
         ]
     if answer.headers.get("OCI-Subject") != str(subject.digest):
-        _list_by_tag(registry, paper, subject=subject)
+        return _list_by_tag(registry, paper, subject=subject)
     return []
 
 
@@ -98,18 +99,31 @@ def _refuse_without_record(registry: Registry, paper: Image) -> None:
         )
 
 
-def _list_by_tag(registry: Registry, paper: Image, *, subject: Image) -> None:
+def _list_by_tag(registry: Registry, paper: Image, *, subject: Image) -> list[str]:
     """Keep the index ``sha256-<hex>`` that stands in for the referrers API.
 
     OCI distribution specification 1.1, "Referrers Tag Schema".
+
+    Returns:
+        What the user should know.
     """
     tag = subject.digest.file_name
-    found = registry.manifest(tag, accept=OCI_INDEX)
+    notices = []
+    try:
+        found = registry.manifest(tag, accept=OCI_INDEX)
+    except GivenUpError as error:
+        if error.status != 500:
+            raise
+        found = None  # nobody can read it, and storing it again mends it
+        notices.append(
+            f"{registry.target.host} failed to read its list of what is attached to "
+            f"{subject.digest}; it was begun anew"
+        )
     document: dict[str, Any] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
     document |= json.loads(found.data) if found else {}
     listed = [entry for entry in document.get("manifests") or [] if isinstance(entry, dict)]
     if any(entry.get("digest") == str(paper.digest) for entry in listed):
-        return
+        return notices
     listed.append(
         {
             "mediaType": paper.media_type,
@@ -122,3 +136,4 @@ def _list_by_tag(registry: Registry, paper: Image, *, subject: Image) -> None:
     answer = registry.put_manifest(tag, media_type=OCI_INDEX, data=data)
     if answer.status not in (200, 201, 202):
         raise registry.refused(answer, "listing the papers")
+    return notices

@@ -85,7 +85,7 @@ def mount_known(
     done: set[Digest] = set()
     with suppress(TransferError), opened(target, access, push=True, also=sources) as registry:
         for blob, names in wanted.items():
-            absent = names and registry.blob_size(blob.digest) is None
+            absent = names and registry.blob_size(blob.digest, mend=True) is None
             if absent and any(_mounted(registry, blob, name) for name in names):
                 done.add(blob.digest)
     return frozenset(done)

@@ -146,7 +146,7 @@ def missing(
         TransferError: if the registry cannot be asked.
     """
     with opened(target, access or Access(), push=True) as registry:
-        return tuple(b for b in release.blobs if registry.blob_size(b.digest) != b.size)
+        return tuple(b for b in release.blobs if registry.blob_size(b.digest, mend=True) != b.size)
 
 
 def _count(done: Sequence[Sent], how: str) -> int:

@@ -26,6 +26,7 @@ from medllm_pack.publish.guard import Origin
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST
 from medllm_pack.publish.targets import RegistryTarget
 from medllm_pack.publish.transport import Access, Door
+from medllm_pack.publish.trying import GivenUpError
 
 _ANY_MANIFEST: Final = ", ".join((DOCKER_MANIFEST, OCI_MANIFEST))
 _CODE: Final = re.compile(r"[A-Z_]{3,40}")
@@ -152,15 +153,36 @@ class Registry:
         """Return the address of a path below the repository."""
         return path if "://" in path else f"{self.origin}/v2/{self.target.repository}/{path}"
 
-    def blob_size(self, digest: Digest) -> int | None:
-        """Return the size of a blob that is there, else None."""
-        answer = self.call("HEAD", f"blobs/{digest}")
-        if answer.status == 404:
+    def blob_size(self, digest: Digest, *, mend: bool = False) -> int | None:
+        """Return the size of a blob that is there, else None.
+
+        Args:
+            digest: of the blob.
+            mend: as for ``manifest``.
+        """
+        answer = self._looked_up("HEAD", f"blobs/{digest}", mend=mend)
+        if answer is None:
             return None
         if answer.status != 200:
             raise self.refused(answer, "asking for a blob")
         text = answer.headers.get("Content-Length", "")
         return int(text) if text.isascii() and text.isdigit() else -1
+
+    def _looked_up(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, mend: bool
+    ) -> Answer | None:
+        """Ask for what may be there; None if it is not.
+
+        A registry that was killed while it wrote a link to a blob answers 500 to every question
+        about it (distribution 2.8), until the blob is stored again.
+        """
+        try:
+            answer = self.call(method, path, headers=headers)
+        except GivenUpError as error:
+            if mend and error.status == 500:
+                return None
+            raise
+        return None if answer.status == 404 else answer
 
     def start_upload(self, digest: Digest, *, mount_from: str | None = None) -> str | None:
         """Open an upload and return its address; None if the blob was mounted instead."""
@@ -205,15 +227,22 @@ class Registry:
             )
         return url
 
-    def manifest(self, reference: str, *, accept: str = _ANY_MANIFEST) -> Manifest | None:
+    def manifest(
+        self, reference: str, *, accept: str = _ANY_MANIFEST, mend: bool = False
+    ) -> Manifest | None:
         """Return a manifest, or None if there is none; its type is that of its header.
+
+        Args:
+            reference: tag or digest.
+            accept: media types.
+            mend: take one that the registry fails to read for absent, to be stored anew.
 
         Raises:
             TransferError: if a digest was asked for and other bytes came.
         """
-        answer = self.call("GET", f"manifests/{quote(reference, safe=':')}",
-                           headers={"Accept": accept})  # fmt: skip
-        if answer.status == 404:
+        path = f"manifests/{quote(reference, safe=':')}"
+        answer = self._looked_up("GET", path, headers={"Accept": accept}, mend=mend)
+        if answer is None:
             return None
         if answer.status != 200:
             raise self.refused(answer, "reading a manifest")

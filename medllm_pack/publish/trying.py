@@ -17,11 +17,12 @@ class InterruptedTransferError(TransferError):
 
     Attributes:
         asked_s: the pause that the server asked for.
+        status: of the answer, if there was one.
     """
 
-    def __init__(self, message: str, *, asked_s: float = 0.0) -> None:
+    def __init__(self, message: str, *, asked_s: float = 0.0, status: int | None = None) -> None:
         super().__init__(message)
-        self.asked_s = asked_s
+        self.asked_s, self.status = asked_s, status
 
 
 class GivenUpError(InterruptedTransferError):
@@ -47,5 +48,5 @@ def insist(
     if isinstance(error, GivenUpError):
         raise error
     if said := patience.given_up(failures, str(error), asked_s=error.asked_s):
-        raise GivenUpError(said) from error
+        raise GivenUpError(said, status=error.status) from error
     patience.wait(failures, asked_s=error.asked_s, stop=stop)

@@ -67,7 +67,7 @@ def send_blob(blob: Blob, sending: Sending) -> Sent:
         SourceError: if its file is not what its digest says.
     """
     registry, meter = sending.registry, Meter(sending.advance)
-    if registry.blob_size(blob.digest) == blob.size:
+    if registry.blob_size(blob.digest, mend=True) == blob.size:
         meter.reached(blob.size)
         return Sent(blob, "there")
     for source in sending.mount_from:
@@ -87,6 +87,7 @@ class _Whole:
     def __init__(self, blob: Blob, sending: Sending, meter: Meter) -> None:
         self.blob, self.sending, self.meter = blob, sending, meter
         self.registry = sending.registry
+        self._mended = False
 
     def run(self) -> None:
         failures = 0
@@ -107,7 +108,18 @@ class _Whole:
             self.wait(failures, failure)
 
     def arrived(self) -> bool:
-        return self.registry.blob_size(self.blob.digest) == self.blob.size
+        """Whether the registry has it all; once, "it cannot say" means no, and it is sent anew."""
+        try:
+            return self.registry.blob_size(self.blob.digest) == self.blob.size
+        except GivenUpError as error:
+            self.mend(error)
+            return False
+
+    def mend(self, error: GivenUpError) -> None:
+        """Begin anew, once, what a registry cannot read that was killed while it wrote it."""
+        if error.status != 500 or self._mended:
+            raise error
+        self._mended = True
 
     def wait(self, failures: int, error: InterruptedTransferError) -> None:
         patience = self.registry.door.access.patience
@@ -128,7 +140,9 @@ class _Whole:
             )
         error = self.registry.refused(answer, f"sending {self.blob.digest}")
         if answer.status in AGAIN or answer.status in _GONE:
-            return InterruptedTransferError(str(error), asked_s=retry_after(answer.headers))
+            return InterruptedTransferError(
+                str(error), asked_s=retry_after(answer.headers), status=answer.status
+            )
         return error
 
     def _attempt(self) -> Answer:
@@ -201,7 +215,13 @@ class _Chunked(_Whole):
                 if restarts > _MOST_RESTARTS:
                     raise failure
             failures += 1
-            self.wait(failures, failure)
+            try:
+                self.wait(failures, failure)
+            except GivenUpError as error:
+                self.mend(error)
+                if entry:
+                    self._drop(entry)
+                entry, failures = None, 0
 
     def _started(self) -> Entry:
         location = self.registry.start_upload(self.blob.digest)
