@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from medllm_pack.errors import CheckpointError
+from medllm_pack.errors import CheckpointError, SourceError
 from medllm_pack.weights import safetensors
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.safetensors import TensorFile
@@ -189,6 +190,31 @@ def test_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         TensorFile(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_bytes_that_the_disk_does_not_give_are_the_inputs_fault(
+    tmp_path: Path, bypass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = TensorFile(pico.write_model(tmp_path / "m") / "model.safetensors")
+    if bypass:
+        file.bypass_page_cache()
+    spec = file.tensors[-1]
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.preadv", fail)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read at byte \d+: In"):
+        file.read(spec, 0, spec.rows)
+
+
+def test_index_that_is_a_fifo_does_not_hang(tmp_path: Path) -> None:
+    folder = pico.write_model(tmp_path / "m", shards=3)
+    (folder / "model.safetensors.index.json").unlink()
+    os.mkfifo(folder / "model.safetensors.index.json")
+    with pytest.raises(SourceError, match="not a regular file"):
+        Checkpoint.open(files_of(folder))
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:

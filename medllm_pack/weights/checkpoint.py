@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from medllm_pack.errors import CheckpointError, shown
+from medllm_pack.files import read_small
 from medllm_pack.weights.documents import strict_json
 from medllm_pack.weights.header import TensorSpec
 from medllm_pack.weights.safetensors import Rows, TensorFile, Values
@@ -38,6 +39,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: if a file is missing or damaged, or index and shards disagree.
+            SourceError: if the index cannot be read.
         """
         if SINGLE in paths:
             return cls([TensorFile(paths[SINGLE], name=SINGLE)])
@@ -91,8 +93,9 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises:
         CheckpointError: if it is no such index, or names a file outside its folder.
+        SourceError: if it cannot be read.
     """
-    document = strict_json(path.read_bytes(), what=INDEX)
+    document = strict_json(read_small(path), what=INDEX)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX} has no weight_map")

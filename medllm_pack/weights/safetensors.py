@@ -140,7 +140,7 @@ class TensorFile:
         memory = aligned(end + -end % self._step - first)
         done = 0
         while first + done < end:
-            n = os.preadv(self._fd, [memory.data[done:]], first + done)
+            n = self._read_into(memory.data[done:], first + done)
             if n < self._step and first + done + n < end:
                 raise CheckpointError(
                     f"{shown(self.name)} ends at byte {first + done + n}, inside its tensors; "
@@ -150,6 +150,15 @@ class TensorFile:
         data = memory[start - first : end - first]
         # Numbers must not begin between two of their kind; a header of odd length moves them.
         return data if (start - first) % ITEM_MAX == 0 else data.copy()
+
+    def _read_into(self, memory: memoryview, position: int) -> int:
+        try:
+            return os.preadv(self._fd, [memory], position)
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(self.name)} cannot be read at byte {position}: {error.strerror}; if the "
+                "disk it lies on fails, get the file again"
+            ) from error
 
     def _read_header(self) -> tuple[TensorSpec, ...]:
         if self.size < PREFIX_BYTES:
