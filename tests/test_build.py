@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -557,6 +558,31 @@ def test_digest_is_the_files_whatever_the_order_of_the_blocks(
     assert len(content) == layout.size
     assert digest == hashlib.sha256(content).hexdigest()
     assert read_gguf(tmp_path / "x.gguf").tensors == layout.slots
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_digest_that_fails_is_no_digest_and_ends_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is computed by a thread of its own, whose end alone nobody would see."""
+
+    written = threading.Event()
+
+    def fail(*_: object) -> None:
+        written.wait(60)
+        raise error
+
+    monkeypatch.setattr("medllm_pack.files.DigestBehind.update", fail)
+    layout = lay_out([], [("a.weight", (64, 64), "F16")], file_type=1)
+    output = Output(tmp_path / "x.gguf", layout)
+    [slot] = layout.slots
+    output.write(slot.offset, bytes(slot.nbytes))
+    written.set()
+    with pytest.raises(type(error)):
+        output.finish()
+    with pytest.raises(type(error)):
+        output.write(slot.offset, bytes(slot.nbytes))
+    output.close()
 
 
 def test_digest_is_of_what_was_meant_if_the_disk_changes_it(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Output:
         self._window = _Window()
         self._changed = threading.Condition()
         self._stopped = False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._digest = DigestBehind()
         # A daemon: an interrupt while it starts must not leave a process that waits for it.
         self._follower = threading.Thread(
@@ -81,7 +81,13 @@ class Output:
             raise
 
     def write(self, offset: int, data: bytes | NDArray[np.uint8]) -> None:
-        """Write bytes at their place; every byte of the file is written once."""
+        """Write bytes at their place; every byte of the file is written once.
+
+        Raises:
+            OSError: if the disk says no, or said so to who reads back.
+        """
+        if self._error is not None:
+            raise self._error
         data = np.frombuffer(data, dtype=np.uint8)
         end = offset + data.size
         first, last = page_ceil(offset), page_floor(end)
@@ -144,14 +150,14 @@ class Output:
             self._changed.notify()
 
     def _follow(self) -> None:
-        windows = cycle((aligned(_CHUNK).data, aligned(_CHUNK).data))
         try:
+            windows = cycle((aligned(_CHUNK).data, aligned(_CHUNK).data))
             while (piece := self._next()) is not None:
                 if piece.data is None:
                     self._read_back(piece, windows)
                 else:
                     self._digest.update(piece.data[: self.layout.size - piece.start].data)
-        except OSError as error:
+        except Exception as error:  # whatever it is, there is no digest; who writes raises it
             self._error = error
 
     def _next(self) -> _Piece | None:
