@@ -384,3 +384,45 @@ def test_without_any_cache_kernels_still_work(tmp_path: Path) -> None:
     expected = ggml.quantize(np.arange(64, dtype=np.float32)[None], "Q4_0").tobytes().hex()
     for _ in range(2):
         assert run_python(LOADED, **environment) == f"0 {expected}"
+
+
+MERGED = """
+import numpy as np
+from medllm_pack.weights.merging import _round, round_to_half
+print(sum(_round.stats.cache_hits.values()), round_to_half(np.arange(64.0)).tobytes().hex())
+"""
+
+
+@pytest.mark.parametrize("code", [LOADED, MERGED], ids=["kernel", "merge"])
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros"])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, code: str, suffix: str, damage: str) -> None:
+    """As a power cut leaves files that nobody synced."""
+    expected = run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).removeprefix("0 ")
+    for path in tmp_path.rglob(f"*.{suffix}"):
+        whole = path.read_bytes()
+        half = whole[: len(whole) // 2]
+        path.write_bytes({"empty": b"", "half": half, "zeros": bytes(len(whole))}[damage])
+    runs = [run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(3)]
+    assert runs == [f"0 {expected}", f"0 {expected}", f"1 {expected}"]
+
+
+@pytest.mark.parametrize("code", [LOADED, MERGED], ids=["kernel", "merge"])
+def test_a_cache_that_is_full_stops_nobody(tmp_path: Path, code: str) -> None:
+    """A limit on the size of files stands for a disk without room."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
+    expected = run_python(code, NUMBA_CACHE_DIR=str(tmp_path / "whole"))
+    found = run_python(limit + code, NUMBA_CACHE_DIR=str(tmp_path / "full"))
+    assert found == expected
+    assert not list((tmp_path / "full").rglob("*.nbc"))
+
+
+def test_processors_of_two_kinds_share_no_file_of_the_cache(tmp_path: Path) -> None:
+    """Else two that fill the cache of one home at once could get each other's code."""
+    other = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    names, outputs = [], []
+    for place, environment in (("a", {}), ("b", other)):
+        outputs.append(run_python(LOADED, NUMBA_CACHE_DIR=str(tmp_path / place), **environment))
+        names.append({path.name for path in (tmp_path / place).rglob("*.nb?")})
+    assert outputs[0] == outputs[1]
+    assert names[0].isdisjoint(names[1])

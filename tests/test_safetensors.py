@@ -205,7 +205,9 @@ def test_bytes_that_the_disk_does_not_give_are_the_inputs_fault(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("os.preadv", fail)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read at byte \d+: In"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors' cannot be read at byte \d+: In"
+    ):
         file.read(spec, 0, spec.rows)
 
 

@@ -8,12 +8,11 @@ this module, which is imported when an adapter is merged.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from medllm_pack.compiling import cached, compiled
 from medllm_pack.quant.kernels import widen
 
 _STRIP = 256  # columns whose r rows of A stay in the first-level cache
@@ -23,13 +22,8 @@ def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., N
     """Compile a loop now, or load it from numba's cache."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        # fastmath stays off: it would allow another order of terms and fused operations.
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
-        try:
-            compiled: Callable[..., None] = njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder for the cache, neither here nor the user's
-            compiled = njit(signature, **options)(function)
-        return compiled
+        made: Callable[..., None] = compiled(cached(function), signature)
+        return made
 
     return decorate
 

@@ -169,9 +169,9 @@ def _kernel(kind: str, weighted: bool) -> Kernel:
 def _compiled(module: str, name: str) -> Kernel:
     """Return a kernel, compiled or loaded from the cache."""
     lanes = importlib.import_module(f"{__name__}.lanes")
-    kernel: Any = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    kernel.compile(lanes.KERNEL_SIGNATURE)
-    found: Kernel = kernel
+    compiling = importlib.import_module("medllm_pack.compiling")
+    kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    found: Kernel = compiling.compiled(kernel, lanes.KERNEL_SIGNATURE)
     return found
 
 

@@ -26,6 +26,8 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from medllm_pack.compiling import STRICT, cached
+
 WIDTH = 16
 _LANE_ROWS = 4  # room for the longest block, 210 bytes, in vectors
 STAGE_ROWS = WIDTH * _LANE_ROWS
@@ -39,15 +41,13 @@ IntRows: TypeAlias = Any
 
 _Function: TypeAlias = Callable[..., Any]
 
-# What numba may not do: reorder a sum, fuse a product into it, raise on 0 / 0.
-_STRICT: dict[str, Any] = {"fastmath": False, "error_model": "numpy", "nogil": True}
 # Addresses and counts: nothing to infer, so nothing compiles twice.
 KERNEL_SIGNATURE = types.void(*[types.int64] * 5)
 
 
 def inline(function: _Function) -> _Function:
     """Compile a part of kernels; it becomes part of its callers."""
-    compiled: _Function = numba.njit(forceinline=True, **_STRICT)(function)
+    compiled: _Function = numba.njit(forceinline=True, **STRICT)(function)
     return compiled
 
 
@@ -55,14 +55,10 @@ def kernel(function: _Function) -> Any:
     """Make a kernel: ``f(rows, importance, period, out, blocks)``.
 
     The first, second and fourth are addresses; ``period`` is the number of blocks in a row and
-    ``blocks`` their number in all. Compiled by ``compile(KERNEL_SIGNATURE)``, not before.
+    ``blocks`` their number in all. Compiled for ``KERNEL_SIGNATURE`` when it is needed, not before.
     """
     # numba's cache looks at the file that a kernel stands in, not at those it uses.
-    function.__qualname__ += f"_{_source_digest()}"
-    try:
-        return numba.njit(cache=True, **_STRICT)(function)
-    except RuntimeError:  # no folder to write to: neither beside this file nor the user's
-        return numba.njit(**_STRICT)(function)
+    return cached(function, tag=_source_digest())
 
 
 @cache
