@@ -78,6 +78,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
+def without_waiting(name: str, flags: int) -> int:
+    """Open a file, as ``open`` wants its opener; a FIFO without a writer does not hang."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def read_small(path: Path, *, limit: int = 16 << 20) -> bytes:
     """Return the bytes of a regular file of at most ``limit`` bytes.
 
@@ -85,19 +90,17 @@ def read_small(path: Path, *, limit: int = 16 << 20) -> bytes:
         SourceError: if it is missing, unreadable, not a regular file, or larger.
     """
     try:
-        # O_NONBLOCK: opening a FIFO for reading must not hang.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SourceError(f"{shown(path.name)} is not a regular file")
+            if status.st_size > limit:
+                raise SourceError(
+                    f"{shown(path.name)} has {status.st_size} bytes; at most {limit} are accepted"
+                )
+            return file.read(limit + 1)
     except OSError as error:
         raise SourceError(f"{shown(path.name)} cannot be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{shown(path.name)} is not a regular file")
-        if status.st_size > limit:
-            raise SourceError(
-                f"{shown(path.name)} has {status.st_size} bytes; at most {limit} are accepted"
-            )
-        return file.read(limit + 1)
 
 
 def write_text(path: Path, text: str) -> None:

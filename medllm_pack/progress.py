@@ -6,7 +6,7 @@ draws bars, tests keep a list.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class Reporter(Protocol):
@@ -33,3 +33,6 @@ class Silent:
 
     def notice(self, text: str) -> None:
         """Ignore the notice."""
+
+
+SILENT: Final[Reporter] = Silent()  # the default of every public function

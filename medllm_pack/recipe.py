@@ -210,7 +210,7 @@ def check_recipe(name: str) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def copy_recipe(name: str, target: Path | None, *, replace: bool) -> Path:
+def copy_recipe(name: str, target: Path | None = None, *, replace: bool = False) -> Path:
     """Copy a recipe file and return where it is now.
 
     Raises:

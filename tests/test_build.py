@@ -27,7 +27,7 @@ from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import Built, build
 from medllm_pack.pack.output import Output
 from medllm_pack.pack.plan import Request, make_plan
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter, Silent
 from medllm_pack.quant import kernels
 from medllm_pack.quant.mixes import load_mix, mix_names
 from medllm_pack.recipe import load_recipe
@@ -53,7 +53,7 @@ def run(
     base: Path | None = None,
     adapter: Path | None = None,
     merged: Path | None = None,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Built:
     """Build a pack of folders with the library."""
     sources = {"base": base, "adapter": adapter, "merged": merged}
@@ -62,7 +62,7 @@ def run(
     request = Request(
         recipe=load_recipe(recipe), folder=recipe.parent, out=out, variants=quants, imatrix=imatrix
     )
-    return build(make_plan(request, report=Silent()), threads=threads, report=report)
+    return build(make_plan(request), threads=threads, report=report)
 
 
 def variant(out: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medllm_pack import files
-from medllm_pack.errors import WriteError
+from medllm_pack.errors import SourceError, WriteError
 
 
 def test_folder_takes_its_name_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -57,3 +57,10 @@ def test_nobody_else_looks_into_a_folder_that_is_not_done(
         assert (tmp_path / "p").stat().st_mode & 0o777 == mode
     finally:
         os.umask(before)
+
+
+def test_small_file_that_is_none_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, what in ((tmp_path, "Is a directory"), (tmp_path / "fifo", "not a regular file")):
+        with pytest.raises(SourceError, match=what):
+            files.read_small(path)

@@ -188,9 +188,10 @@ def test_minimal_document_is_accepted(tmp_path: Path) -> None:
     assert read_gguf(tmp_path / "x.gguf").parameters == 32
 
 
-def test_missing_file_and_fifo_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(GGUFError, match="cannot be opened"):
-        read_gguf(tmp_path / "none.gguf")
+def test_missing_file_folder_and_fifo_are_errors(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(GGUFError, match="cannot be read"):
+            read_gguf(path)
     os.mkfifo(tmp_path / "x.gguf")
     with pytest.raises(GGUFError):
         read_gguf(tmp_path / "x.gguf")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import signal
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medllm_pack.progress import SILENT
+
 ROOT = Path(__file__).resolve().parent.parent
+FUNCTION = re.compile(r"`(?:medllm_pack\.)?((?:pack|parity|publish)(?:\.\w+)+)")
+NEVER_RAISE = "publish.verify_published.verify_bundle"  # what is wrong is a check that says no
 BLOCK = re.compile(r"```python( parity)?\n(.*?)```", re.DOTALL)
 
 
@@ -67,3 +73,17 @@ def test_import_warns_of_nothing_and_prints_nothing() -> None:
         capture_output=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_functions_that_take_long_are_silent_by_default_and_say_what_they_raise() -> None:
+    text = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    names = FUNCTION.findall(text)
+    assert len(names) == 19
+    for name in names:
+        module, _, function = name.rpartition(".")
+        found = getattr(import_module(f"medllm_pack.{module}"), function)
+        listener = inspect.signature(found).parameters["report"]
+        assert listener.default is SILENT, name
+        assert listener.kind is listener.KEYWORD_ONLY, name
+        if name not in NEVER_RAISE:
+            assert "Raises:" in found.__doc__, name

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, Keys
 
 from medllm_pack.errors import GGUFError, shown
+from medllm_pack.files import without_waiting
 from medllm_pack.gguf.layout import MAGIC, Slot
 
 _MAX_PAIRS, _MAX_TENSORS, _MAX_KEY = 4096, 65536, 255
@@ -70,12 +71,10 @@ def read_gguf(path: Path) -> GGUFFile:
         GGUFError: if the file breaks a rule of the format, naming the field.
     """
     try:
-        # O_NONBLOCK: opening a FIFO must not hang.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=without_waiting) as file:
+            return read_header(file, size=os.fstat(file.fileno()).st_size, name=path.name)
     except OSError as error:
-        raise GGUFError(f"{shown(path)} cannot be opened: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        return read_header(file, size=os.fstat(fd).st_size, name=path.name)
+        raise GGUFError(f"{shown(path)} cannot be read: {error.strerror}") from error
 
 
 def read_header(file: Readable, *, size: int, name: str) -> GGUFFile:

@@ -33,7 +33,7 @@ from medllm_pack.pack.order import reading_order
 from medllm_pack.pack.output import KEPT_BYTES, Output
 from medllm_pack.pack.plan import Plan
 from medllm_pack.pack.variants import PlannedFile
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.quant import kernels
 from medllm_pack.quant.device import DeviceName
 from medllm_pack.weights.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def build(
     *,
     threads: int | None = None,
     device: DeviceName = "cpu",
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Built:
     """Build a pack.
 
@@ -91,7 +91,6 @@ def build(
         DeviceError: if the device is missing, fails, or does not give llama.cpp's bytes.
         WriteError: if the output could not be written; nothing is left behind.
     """
-    report = report or Silent()
     threads = threads or len(os.sched_getaffinity(0))
     out = plan.request.out
     quantize = _quantizer(plan, device, report)

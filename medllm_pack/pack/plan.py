@@ -25,7 +25,7 @@ from medllm_pack.pack.inputs import Inputs, choose, gather
 from medllm_pack.pack.metadata import general
 from medllm_pack.pack.problems import Problems
 from medllm_pack.pack.variants import PlannedFile
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.quant.importance import Importance, read_importance
 from medllm_pack.recipe import Recipe
 from medllm_pack.weights.adapter_config import AdapterConfig
@@ -118,13 +118,13 @@ class Plan:
         return _modelfile(self.style, self.recipe, self.duties, file)
 
 
-def make_plan(request: Request, *, report: Reporter, weights: bool = True) -> Plan:
+def make_plan(request: Request, *, weights: bool = True, report: Reporter = SILENT) -> Plan:
     """Plan a build.
 
     Args:
         request: what was asked for.
-        report: listener; downloads are its steps.
         weights: whether weights on the Hub are fetched now; ``plan`` does without.
+        report: listener; downloads are its steps.
 
     Raises:
         UsageError: if a variant, style or source does not exist, or options contradict.

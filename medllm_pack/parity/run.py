@@ -54,7 +54,7 @@ from medllm_pack.parity.tokens import (
     check_vocabulary,
 )
 from medllm_pack.parity.ways import Reference, Way
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 
 NOTES = 16  # texts that are used
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 24
@@ -132,7 +132,7 @@ def check_pack(
     device: Choice = "auto",
     ollama: str | None = None,
     cache: Path | None = None,
-    report: Reporter,
+    report: Reporter = SILENT,
 ) -> Result:
     """Check every variant of a pack against the model it was made from.
 

@@ -23,7 +23,7 @@ from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, WriteError, shown
 from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.ollama.placing import beside, check, remove_stale
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import read, tarball
 from medllm_pack.publish.release import OCI_INDEX, OCI_MANIFEST, Release, Tagged
 from medllm_pack.publish.tarball import Slice
@@ -41,7 +41,7 @@ _MANIFESTS_LIMIT: Final = 64 << 20  # bytes in memory at once
 
 
 def write_bundle(
-    release: Release, path: Path, *, replace: bool = False, report: Reporter | None = None
+    release: Release, path: Path, *, replace: bool = False, report: Reporter = SILENT
 ) -> Digest:
     """Write a release into one file and return the digest of its index.
 
@@ -51,7 +51,6 @@ def write_bundle(
         WriteError: if the file exists and may not be replaced, or cannot be written.
         SourceError: if a blob is not what its digest says.
     """
-    report = report or Silent()
     if path.exists() and not replace:
         raise WriteError(f"{shown(path)} exists; --force replaces it, or name another file")
     index = _index(release)
@@ -68,7 +67,7 @@ def write_bundle(
     return Digest.of(index)
 
 
-def read_bundle(path: Path, *, report: Reporter | None = None, verify: bool = True) -> Release:
+def read_bundle(path: Path, *, report: Reporter = SILENT, verify: bool = True) -> Release:
     """Return the release in a bundle; its blobs are read from the bundle itself.
 
     Args:
@@ -80,7 +79,6 @@ def read_bundle(path: Path, *, report: Reporter | None = None, verify: bool = Tr
     Raises:
         SourceError: if anything is missing, too much, or not what its digest says.
     """
-    report = report or Silent()
     members = tarball.members(path)
     for needed, content in ((_LAYOUT_FILE, _LAYOUT), (_INDEX, None)):
         if needed not in members:

@@ -23,7 +23,7 @@ from medllm_pack.pack import integrity
 from medllm_pack.pack.manifest import NAME, Document, chosen
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import licences
 
 PARITY_MISSING = "parity-missing"
@@ -131,7 +131,7 @@ def check(
     quants: Sequence[str] = (),
     overrides: Sequence[str] = (),
     *,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Permit:
     """Decide whether variants of a pack may be published.
 
@@ -152,7 +152,7 @@ def check(
     document = read_pack(folder)
     variants = chosen(document, quants)
     before = _identities(folder)
-    reasons = tuple(_reasons(folder, document, variants, report or Silent()))
+    reasons = tuple(_reasons(folder, document, variants, report))
     refused = [reason for reason in reasons if reason.name not in accepted]
     if refused:
         raise GateError(shown(folder), [_sentence(reason) for reason in refused])

@@ -23,7 +23,7 @@ from medllm_pack.errors import (
 from medllm_pack.ollama.image import Blob
 from medllm_pack.pack.sums import SIGNATURE
 from medllm_pack.patience import Patience
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.hub_content import is_same, refuse_a_mixture, wanted_files
 from medllm_pack.publish.hub_library import library, translated
 from medllm_pack.publish.hub_upload import Upload
@@ -67,7 +67,7 @@ def publish_to_hub(
     target: HubTarget,
     *,
     private: bool = True,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
     patience: Patience | None = None,
     endpoint: str | None = None,
 ) -> HubPublished:
@@ -88,7 +88,7 @@ def publish_to_hub(
         CheckFailedError: if the Hub holds something else than was sent.
     """
     files = wanted_files(release)
-    hub = _Hub(target, report or Silent(), patience or HUB, endpoint)
+    hub = _Hub(target, report, patience or HUB, endpoint)
     with library():
         created = hub.ensure(private=private)
         head, there = hub.listing()
@@ -123,7 +123,7 @@ def missing_on_hub(
         SourceError: if the repository may not be read, or the Hub cannot be reached.
         TransferError: if there is no token.
     """
-    hub = _Hub(target, Silent(), patience or HUB, endpoint)
+    hub = _Hub(target, SILENT, patience or HUB, endpoint)
     there: Mapping[str, Any] = {}
     try:
         _, there = hub.listing()

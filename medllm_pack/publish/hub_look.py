@@ -16,7 +16,7 @@ from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.sums import SUMS
 from medllm_pack.patience import Patience
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.hub_files import HubFiles
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import HUB
@@ -64,7 +64,7 @@ class HubLook:
 def look_at_hub(
     target: HubTarget,
     *,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
     patience: Patience | None = None,
     cache: Path | None = None,
     endpoint: str | None = None,
@@ -82,7 +82,7 @@ def look_at_hub(
         SourceError: if it cannot be read, or holds no GGUF file.
         GGUFError: if a file of it breaks a rule of the format.
     """
-    hub = HubFiles(target, report or Silent(), patience or HUB, cache, endpoint)
+    hub = HubFiles(target, report, patience or HUB, cache, endpoint)
     names = [name for name in hub.names if name.lower().endswith(".gguf")]
     if not names:
         raise SourceError(f"{target.repository} holds no GGUF file at {shown(hub.commit[:12])}")

@@ -21,7 +21,7 @@ from medllm_pack.ollama.placing import place
 from medllm_pack.pack.manifest import Document, chosen
 from medllm_pack.pack.sums import BESIDE, SUMS
 from medllm_pack.patience import Patience
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.hub_files import HubFiles, checked
 from medllm_pack.publish.targets import HubTarget
 from medllm_pack.weights.answers import HUB
@@ -52,7 +52,7 @@ def pull_from_hub(
     *,
     quants: Sequence[str] = (),
     replace: bool = False,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
     patience: Patience | None = None,
     cache: Path | None = None,
     endpoint: str | None = None,
@@ -77,7 +77,7 @@ def pull_from_hub(
     """
     if out.exists() and not replace:
         raise _exists(out)
-    hub = HubFiles(target, report or Silent(), patience or HUB, cache, endpoint)
+    hub = HubFiles(target, report, patience or HUB, cache, endpoint)
     document, sums = hub.manifest()
     variants = _present(chosen(document, quants), hub, asked=bool(quants))
     everywhere = {variant["file"] for variant in document["variants"]}

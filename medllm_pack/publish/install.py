@@ -24,7 +24,7 @@ from medllm_pack.ollama.names import ModelName
 from medllm_pack.ollama.placing import place
 from medllm_pack.ollama.server import Server
 from medllm_pack.ollama.store import Store, candidates, full_name
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.release import Tagged
 
@@ -64,7 +64,7 @@ def install(
     store: Path | None = None,
     server: Server | None = None,
     replace: bool = False,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> list[Installed]:
     """Install variants under names.
 
@@ -79,7 +79,6 @@ def install(
         WriteError: if a name is taken, or nothing can be written.
         ServerError: if the server refuses.
     """
-    report = report or Silent()
     server = server or Server.from_environment(timeout=600)
     place_ = Store(store) if store else _find(server)
     if isinstance(place_, Server):

@@ -20,7 +20,7 @@ from medllm_pack.ollama.image import Blob
 from medllm_pack.ollama.names import ModelName
 from medllm_pack.pack.manifest import Document, chosen, read_manifest
 from medllm_pack.pack.sums import SUMS, checked_name
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import papers
 from medllm_pack.publish.release import Release, Tagged
 from medllm_pack.publish.targets import checked_tag
@@ -35,7 +35,7 @@ def make_release(
     quants: Sequence[str] = (),
     tag: str | None = None,
     proven: Callable[[str], bool] = lambda _: False,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Release:
     """Return what a pack publishes.
 
@@ -61,7 +61,7 @@ def make_release(
     images = []
     for entry in entries:
         creation = _creation(entry, found)
-        digest = _weights_digest(folder, entry, sums, proven, report=report or Silent())
+        digest = _weights_digest(folder, entry, sums, proven, report=report)
         image = image_of(
             creation, weights=folder / entry["file"], size=entry["size"], digest=digest
         )

@@ -20,7 +20,7 @@ from medllm_pack import files
 from medllm_pack.digests import Digest
 from medllm_pack.errors import SourceError, TransferError, WriteError, shown
 from medllm_pack.ollama.image import DOCKER_MANIFEST, Blob, Image
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.download import fetch_blob, open_remote
@@ -73,7 +73,7 @@ def pull(
     *,
     access: Access | None = None,
     replace: bool = False,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Pulled:
     """Fetch what a reference names into a folder.
 
@@ -82,7 +82,6 @@ def pull(
         SourceError: if it is no model.
         WriteError: if the folder exists or cannot be written.
     """
-    report = report or Silent()
     if out.exists() and not replace:
         raise WriteError(f"{shown(out)} exists; --force replaces it, --out writes elsewhere")
     for line in exposed(target.kind):

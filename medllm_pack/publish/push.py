@@ -17,7 +17,7 @@ from typing import Any
 
 from medllm_pack.digests import Digest
 from medllm_pack.ollama.image import Blob
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.journal import Journal
 from medllm_pack.publish.manifests import attach, put_image, put_tag
@@ -91,14 +91,15 @@ def push(
     *,
     access: Access | None = None,
     options: Options | None = None,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> Pushed:
     """Publish a release and return what was done.
 
     Raises:
+        UsageError: if a tag is none.
         TransferError: if the registry refuses, cannot be reached, or has not what it took.
     """
-    access, options, report = access or Access(), options or Options(), report or Silent()
+    access, options = access or Access(), options or Options()
     for tagged in release.images:
         for tag in tagged.tags:
             checked_tag(tag)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from medllm_pack.errors import PlanError, SourceError, UsageError, shown
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.verify import Check
 from medllm_pack.recipe import Recipe
 
@@ -45,7 +45,13 @@ class Given:
     template: str | None = None
 
 
-def rebuild(folder: Path, given: Given, *, threads: int | None, report: Reporter) -> Check:
+def rebuild(
+    folder: Path,
+    given: Given | None = None,
+    *,
+    threads: int | None = None,
+    report: Reporter = SILENT,
+) -> Check:
     """Build a pack again and compare.
 
     Args:
@@ -58,6 +64,7 @@ def rebuild(folder: Path, given: Given, *, threads: int | None, report: Reporter
         UsageError: if the place of an input, or the importance matrix, must be said and is not.
         MedllmError: if the build cannot be made.
     """
+    given = given or Given()
     document = read_pack(folder)
     sources = _sources(document, given)
     if document["importance"] and given.imatrix is None:

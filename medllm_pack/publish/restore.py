@@ -23,7 +23,7 @@ from medllm_pack.ollama.placing import place
 from medllm_pack.ollama.rules import PARAMETERS
 from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.sums import SUMS, checked_name, parse_sums, text_of
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.papers import is_pack, names_of
 from medllm_pack.publish.release import Release, Tagged
@@ -33,7 +33,7 @@ _PAPERS_LIMIT: Final = 64 << 20  # bytes in memory at once
 
 
 def restore(
-    release: Release, out: Path, *, replace: bool = False, report: Reporter | None = None
+    release: Release, out: Path, *, replace: bool = False, report: Reporter = SILENT
 ) -> Path:
     """Write the folder of a pack and return it.
 
@@ -48,7 +48,6 @@ def restore(
         SourceError: if images and papers do not belong together, or a blob is not its digest.
         WriteError: if the folder exists or cannot be written.
     """
-    report = report or Silent()
     papers = papers_of(release)
     weights = _weights_names(release, papers)
     with files.new_folder(out, replace=replace) as folder, files.translated(out):

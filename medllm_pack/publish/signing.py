@@ -18,7 +18,7 @@ from medllm_pack.errors import CheckFailedError, MedllmError, SourceError, Usage
 from medllm_pack.pack import integrity
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import SIGNATURE, read_sums
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 
 _NEEDED = ("model_signing", "OpenSSL")
 
@@ -35,7 +35,14 @@ def require_extra() -> None:
         )
 
 
-def sign(folder: Path, *, key: Path, password: str | None, replace: bool, report: Reporter) -> Path:
+def sign(
+    folder: Path,
+    *,
+    key: Path,
+    password: str | None = None,
+    replace: bool = False,
+    report: Reporter = SILENT,
+) -> Path:
     """Sign a pack and return its signature file.
 
     Args:

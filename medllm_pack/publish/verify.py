@@ -18,7 +18,7 @@ from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack import integrity, manifest, papers
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import SIGNATURE, SUMS, read_sums
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import gate, signing
 
 
@@ -72,7 +72,11 @@ class Verified:
 
 
 def verify_pack(
-    folder: Path, *, key: Path | None, report: Reporter, quants: Sequence[str] = ()
+    folder: Path,
+    *,
+    key: Path | None = None,
+    quants: Sequence[str] = (),
+    report: Reporter = SILENT,
 ) -> Verified:
     """Check a pack.
 
@@ -110,7 +114,7 @@ def verify_pack(
     return Verified(str(folder), tuple(checks))
 
 
-def verify_gguf(path: Path, *, report: Reporter) -> Verified:
+def verify_gguf(path: Path, *, report: Reporter = SILENT) -> Verified:
     """Check a GGUF file: its header, and its digest where a SHA256SUMS lies beside it."""
     try:
         header = read_gguf(path)

@@ -23,7 +23,7 @@ from medllm_pack.pack.manifest import NAME as PACK_JSON
 from medllm_pack.pack.manifest import Document
 from medllm_pack.pack.sums import BESIDE, SUMS, read_sums
 from medllm_pack.patience import Patience
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish.hub_content import BRIDGE
 from medllm_pack.publish.hub_files import HubFiles
 from medllm_pack.publish.hub_look import look
@@ -47,8 +47,8 @@ _PAPERS_LIMIT: Final = 64 << 20  # bytes of all papers
 def verify_hub(
     target: HubTarget,
     *,
-    report: Reporter,
     download: bool = False,
+    report: Reporter = SILENT,
     patience: Patience | None = None,
     cache: Path | None = None,
     endpoint: str | None = None,
@@ -57,8 +57,8 @@ def verify_hub(
 
     Args:
         target: the repository.
-        report: listener.
         download: read every byte of the weights; nothing of them is kept.
+        report: listener.
         patience: how often and how long to try.
         cache: the Hub cache, for the small files.
         endpoint: address of the Hub, if not the usual one.

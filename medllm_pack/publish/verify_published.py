@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medllm_pack.digests import Digest
 from medllm_pack.errors import GGUFError, MedllmError, SourceError, TransferError
@@ -21,7 +21,7 @@ from medllm_pack.ollama.image import Blob, Image
 from medllm_pack.pack import integrity, manifest
 from medllm_pack.pack.shape import read_pack
 from medllm_pack.pack.sums import read_sums
-from medllm_pack.progress import Reporter
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.publish import read
 from medllm_pack.publish.credentials import exposed
 from medllm_pack.publish.make import creation_of
@@ -39,10 +39,13 @@ from medllm_pack.publish.verify import (
     variants_check,
 )
 
+if TYPE_CHECKING:
+    from medllm_pack.publish.transport import Access
+
 UNREAD = Check("bytes", None, "the weights were not fetched; --download compares every byte")
 
 
-def verify_bundle(path: Path, *, report: Reporter) -> Verified:
+def verify_bundle(path: Path, *, report: Reporter = SILENT) -> Verified:
     """Check a bundle: its form, every blob, its papers, and that they speak of its weights."""
     from medllm_pack.publish.bundle import read_bundle
 
@@ -54,15 +57,19 @@ def verify_bundle(path: Path, *, report: Reporter) -> Verified:
 
 
 def verify_registry(
-    target: RegistryTarget, *, access: Any, report: Reporter, download: bool = False
+    target: RegistryTarget,
+    *,
+    access: Access | None = None,
+    download: bool = False,
+    report: Reporter = SILENT,
 ) -> Verified:
     """Check what a reference names.
 
     Args:
         target: the reference.
         access: how we get in.
-        report: listener.
         download: read every blob and compare its digest; nothing of the weights is kept.
+        report: listener.
 
     Raises:
         TransferError: if it is not there, or the registry does not answer.
@@ -71,11 +78,15 @@ def verify_registry(
     from medllm_pack.publish.download import open_remote
     from medllm_pack.publish.pull import fetched, head
     from medllm_pack.publish.registry import opened
+    from medllm_pack.publish.transport import Access
     from medllm_pack.publish.trying import InterruptedTransferError
 
     for line in exposed(target.kind):
         report.notice(line)
-    with opened(target, access) as registry, TemporaryDirectory(prefix="medllm-verify-") as place:
+    with (
+        opened(target, access or Access()) as registry,
+        TemporaryDirectory(prefix="medllm-verify-") as place,
+    ):
         found = head(registry)
         if not found.papers and not download:
             raise SourceError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medllm_pack import gpu
 from medllm_pack.errors import DeviceError, UsageError
 from medllm_pack.gguf.layout import row_bytes
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.quant import kernels
 from medllm_pack.quant.device import DeviceName
 
@@ -84,7 +84,7 @@ class Device:
             lambda: self.torch.empty(CHUNK_WEIGHTS, pin_memory=name != "cpu")
         )
 
-    def prepare(self, needs: Iterable[tuple[str, bool]], *, report: Reporter | None = None) -> None:
+    def prepare(self, needs: Iterable[tuple[str, bool]], *, report: Reporter = SILENT) -> None:
         """Prove the types that will be needed, and compile CPU kernels for those without one here.
 
         Raises:
@@ -92,7 +92,6 @@ class Device:
         """
         from medllm_pack.quant.device.proof import prove
 
-        report = report or Silent()
         here = sorted(need for need in needs if need in _KERNELS)
         kernels.warm_up([need for need in needs if need not in _KERNELS], report=report)
         if here:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from medllm_pack.errors import MedllmError, shown
 from medllm_pack.gguf.layout import row_bytes
-from medllm_pack.progress import Reporter, Silent
+from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.quant import ggml
 
 Kernel = Callable[[int, int, int, int, int], None]
@@ -90,7 +90,7 @@ def warm_up(
     *,
     widening: bool = False,
     narrowing: bool = False,
-    report: Reporter | None = None,
+    report: Reporter = SILENT,
 ) -> None:
     """Compile the kernels that will be needed, or load them from the cache.
 
@@ -109,7 +109,6 @@ def warm_up(
         conversions.append("narrow_to_half")
     if not conversions or is_switched_off():
         return
-    report = report or Silent()
     report.step("preparing kernels")
     end = time.monotonic() + COMPILE_SECONDS
     for need in ours:
