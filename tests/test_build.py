@@ -472,6 +472,30 @@ def test_sum_that_overflows_f16_stops_the_build(tmp_path: Path, llama_folder: Pa
         run(tmp_path / "p", quants=["f16"], base=llama_folder, adapter=adapter)
 
 
+@pytest.mark.parametrize(("quant", "largest"), [("Q4_1", 1.0), ("Q4_0", 1e30)])
+def test_scale_that_is_not_finite_is_refused_where_llama_quantize_refuses(
+    tmp_path: Path, tokenizer: bytes, quant: str, largest: float
+) -> None:
+    """Every weight is finite; what an importance matrix makes of the largest ones is not."""
+    tensors = pico.weights(pico.LLAMA, "F16")
+    up = tensors["model.layers.1.mlp.up_proj.weight"]
+    bits = np.random.default_rng(4).integers(0, 1 << 16, up.shape).astype(np.uint16)
+    up[:] = np.nan_to_num(bits.view(np.float16), nan=0)
+    base = pico.write_model(tmp_path / "base", tensors=tensors, tokenizer=tokenizer)
+    weights = {"blk.1.ffn_up.weight": np.full(256, largest, dtype=np.float32)}
+    path = write_importance(tmp_path / "x.gguf", weights)
+    run(tmp_path / "f16", quants=["F16"], merged=base)
+    with pytest.raises(MedllmError, match=rf"blk.1.ffn_up.weight has a scale in {quant} that is"):
+        run(tmp_path / "pack", quants=["F16", quant], merged=base, imatrix=path)
+    assert not (tmp_path / "pack").exists()
+    with pytest.raises(RuntimeError, match="quantize"):
+        llama_worker.quantize(
+            variant(tmp_path / "f16", "F16"), tmp_path / "theirs.gguf",
+            file_type=load_mix(quant).file_type,
+            imatrix={key: values.tolist() for key, values in weights.items()},
+        )  # fmt: skip
+
+
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Three times the blocks, of a width that fills the blocks of rows: the same memory."""
     peaks = []

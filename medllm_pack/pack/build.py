@@ -34,7 +34,7 @@ from medllm_pack.pack.output import KEPT_BYTES, Output
 from medllm_pack.pack.plan import Plan
 from medllm_pack.pack.variants import PlannedFile
 from medllm_pack.progress import SILENT, Reporter
-from medllm_pack.quant import kernels
+from medllm_pack.quant import ggml, kernels
 from medllm_pack.quant.device import DeviceName
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.header import TensorSpec
@@ -87,7 +87,8 @@ def build(
         report: listener.
 
     Raises:
-        CheckpointError: if a weight is NaN, infinite or too large for F16, or an input changed.
+        CheckpointError: if a weight is NaN, infinite or too large for F16 or for the type that it
+            is quantized to, or an input changed.
         DeviceError: if the device is missing, fails, or does not give llama.cpp's bytes.
         WriteError: if the output could not be written; nothing is left behind.
     """
@@ -129,10 +130,12 @@ class _Encoded:
 
     def __init__(
         self,
+        name: str,
         halves: NDArray[np.float16],
         importance: NDArray[np.float32] | None,
         quantize: Quantizer,
     ) -> None:
+        self.name = name
         self.importance = importance
         self.quantize = quantize
         self.made = {"F16": _bytes(halves)}
@@ -148,7 +151,14 @@ class _Encoded:
             # llama.cpp quantizes from the F16 file: rounding to F16 comes first here too.
             return _bytes(kernels.widen(self.halves))
         wide = self["F32"].view(np.float32).reshape(self.halves.shape)
-        return self.quantize(wide, kind, importance=self.importance)
+        data = self.quantize(wide, kind, importance=self.importance)
+        if not ggml.is_sound(data, kind):
+            # Finite weights can get here by an importance matrix; llama-quantize refuses it, too.
+            raise CheckpointError(
+                f"tensor {self.name} has a scale in {kind} that is NaN or infinite: its weights or "
+                "its importance matrix are too large; choose another variant or matrix"
+            )
+        return data
 
 
 def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -194,7 +204,8 @@ class _Converter:
         halves = to_half(values, rows)
         if tensor.heads is not None:
             halves = llama.interleave(halves, self.head_dim)
-        encoded = _Encoded(halves, self.importance.get(tensor.name), self.quantize)
+        importance = self.importance.get(tensor.name)
+        encoded = _Encoded(tensor.name, halves, importance, self.quantize)
         for target in self.targets[rows.spec.name]:
             target.put(rows.start, encoded[target.slot.type])
 

@@ -54,6 +54,18 @@ def quantize(
     return out
 
 
+def is_sound(data: NDArray[np.uint8], kind: str) -> bool:
+    """Say whether no scale in quantized rows is NaN or infinite (``ggml_validate_row_data``).
+
+    What is not sound llama.cpp neither writes nor, asked to check, loads.
+    """
+    return bool(
+        library().ggml_validate_row_data(
+            int(GGMLQuantizationType[kind]), data.ctypes.data_as(ctypes.c_void_p), data.size
+        )
+    )
+
+
 def requires_importance(kind: str) -> bool:
     """Say whether ggml refuses to quantize to a type without an importance matrix."""
     return bool(library().ggml_quantize_requires_imatrix(int(GGMLQuantizationType[kind])))
@@ -101,6 +113,8 @@ def library() -> ctypes.CDLL:
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
+    loaded.ggml_validate_row_data.restype = ctypes.c_bool
+    loaded.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     loaded.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     loaded.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
     return loaded
