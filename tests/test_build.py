@@ -265,7 +265,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_pack(
     assert not list(tmp_path.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_build_cleans_up_and_says_so(
     tmp_path: Path, tokenizer: bytes, stop: signal.Signals
 ) -> None:
@@ -287,6 +287,22 @@ def test_interrupted_build_cleans_up_and_says_so(
     assert not list(tmp_path.glob(".p.partial*"))
     assert not (tmp_path / "p").exists()
     assert "Traceback" not in said
+
+
+def test_build_under_nohup_goes_on_without_its_terminal(tmp_path: Path, tokenizer: bytes) -> None:
+    shape = replace(pico.LLAMA, layers=40)
+    base = pico.write_model(tmp_path / "base", shape, tokenizer=tokenizer)
+    recipe = pico.write_recipe(tmp_path / "recipe", {"merged": base})
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "medllm_pack", "build", str(recipe), "--out=p"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".p.partial*/*.gguf")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    check_sums(tmp_path / "p")
 
 
 def test_two_builds_of_one_target_end_right(tmp_path: Path, tokenizer: bytes) -> None:

@@ -155,8 +155,11 @@ def run(command: Callable[[], object]) -> NoReturn:
         # In a locale without UTF-8 a sign that it lacks must not end the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # A terminated process cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A terminated process cleans up like an interrupted one, and so does one whose terminal is
+    # gone, unless it was started to survive that (nohup).
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, lambda number, _: sys.exit(128 + number))
     try:
         command()
     except MedllmError as error:
