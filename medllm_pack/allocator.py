@@ -12,6 +12,9 @@ import ctypes
 # malloc.h of glibc; other C libraries have no mallopt, or ignore what they do not know.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
+# Older releases of glibc refuse more (HEAP_MAX_SIZE / 2 in malloc.c) and would then give back every
+# array, for the other setting ends what they learn by themselves. Arrays of a block are smaller.
+_LARGEST_KEPT = 32 << 20
 
 
 def keep_freed_memory() -> None:
@@ -21,5 +24,5 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
