@@ -52,7 +52,9 @@ TemplateOpt = Annotated[
 ]
 ThreadsOpt = Annotated[
     int | None,
-    typer.Option(min=1, max=256, metavar="N", help="processors to keep busy; all if absent"),
+    typer.Option(
+        min=1, max=256, metavar="N", help="processors to keep busy; all it may use if absent"
+    ),
 ]
 DeviceOpt = Annotated[
     DeviceName,

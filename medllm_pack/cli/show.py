@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,5 +234,6 @@ def _shown(value: object, verbose: bool) -> str:
 
 def _memory(plan: Plan, threads: int | None) -> int:
     from medllm_pack.pack.build import memory_bytes
+    from medllm_pack.processors import usable
 
-    return memory_bytes(len(plan.files), threads=threads or len(os.sched_getaffinity(0)))
+    return memory_bytes(len(plan.files), threads=threads or usable())

@@ -10,7 +10,6 @@ Memory: a few blocks, and what waits for its digest, whatever the size of the mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medllm_pack import ahead, files
+from medllm_pack import ahead, files, processors
 from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
@@ -92,7 +91,7 @@ def build(
         DeviceError: if the device is missing, fails, or does not give llama.cpp's bytes.
         WriteError: if the output could not be written; nothing is left behind.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or processors.usable()
     out = plan.request.out
     quantize = _quantizer(plan, device, report)
     with files.new_folder(out, replace=plan.request.replace) as folder, files.translated(out):

@@ -5,13 +5,13 @@ Knows nothing of models; what a build of llama.cpp can do is asked in a worker.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from medllm_pack.errors import MedllmError, UsageError, shown
 from medllm_pack.parity import worker
 from medllm_pack.parity.allowance import LOOK_AT_GPU
+from medllm_pack.processors import usable
 from medllm_pack.quant import ggml
 
 ALL_LAYERS: Final = 1 << 16  # more than any model has; llama.cpp takes what there is
@@ -29,7 +29,7 @@ class Runtime:
         ctx: ids of each text that are used, and llama.cpp's context.
     """
 
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=usable)
     gpu_layers: int = 0
     ctx: int = CONTEXT
 
