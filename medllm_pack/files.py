@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -186,22 +187,22 @@ def new_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         _remove_stale(target)
         partial = target.parent / f"{_prefix(target)}{secrets.token_hex(4)}"
         partial.mkdir()
-        mode = stat.S_IMODE(partial.stat().st_mode)
-        partial.chmod(stat.S_IRWXU)  # nobody else looks into what is not done yet
-        lock = os.open(partial / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield partial
         with translated(target):
-            (partial / _LOCK_NAME).unlink()
-            partial.chmod(mode)
-            sync_folder(partial)
-            _take_name(partial, target, replace=replace)
+            mode = stat.S_IMODE(partial.stat().st_mode)
+            partial.chmod(stat.S_IRWXU)  # nobody else looks into what is not done yet
+            lock = os.open(partial / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        with os.fdopen(lock):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield partial
+            with translated(target):
+                (partial / _LOCK_NAME).unlink()
+                partial.chmod(mode)
+                sync_folder(partial)
+                _take_name(partial, target, replace=replace)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        os.close(lock)
 
 
 def _prefix(target: Path) -> str:
@@ -217,13 +218,18 @@ def _take_name(partial: Path, target: Path, *, replace: bool) -> None:
         # Two renames: a reader sees the old pack, for an instant none, then the new one.
         old = target.parent / f"{_prefix(target)}{_OLD}{secrets.token_hex(4)}"
         os.rename(target, old)
-        os.rename(partial, target)
+        try:
+            os.rename(partial, target)
+        except BaseException:
+            if not target.exists():
+                os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     sync_folder(target.parent)
 
 
 def _remove_stale(target: Path) -> None:
-    for path in target.parent.glob(f"{_prefix(target)}*"):
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
         if path.name.startswith(f"{_prefix(target)}{_OLD}") and not target.exists():
             os.rename(path, target)  # killed between two renames: what was there comes back
         elif _is_abandoned(path):

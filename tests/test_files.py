@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -64,3 +65,46 @@ def test_small_file_that_is_none_is_an_error(tmp_path: Path) -> None:
     for path, what in ((tmp_path, "Is a directory"), (tmp_path / "fifo", "not a regular file")):
         with pytest.raises(SourceError, match=what):
             files.read_small(path)
+
+
+def test_folder_without_a_lock_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_open = os.open
+
+    def open_no_lock(path: os.PathLike[str] | str, *arguments: int, **more: int) -> int:
+        if Path(path).name == ".lock":
+            raise OSError(errno.EDQUOT, "no inode left")
+        return really_open(path, *arguments, **more)
+
+    monkeypatch.setattr("os.open", open_no_lock)
+    with pytest.raises(WriteError, match="quota"), files.new_folder(tmp_path / "p", replace=False):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_old_folder_keeps_its_name_if_the_new_one_does_not_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a").write_text("old")
+    rename, calls = os.rename, iter([True, False, True])
+
+    def fail_once(source: Path, target: Path) -> None:
+        if not next(calls):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fail_once)
+    with pytest.raises(WriteError), files.new_folder(tmp_path / "p", replace=True) as partial:
+        files.write_text(partial / "a", "new")
+    assert (tmp_path / "p" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_name_with_signs_of_a_pattern_means_itself(tmp_path: Path) -> None:
+    for name in (".p[1].partial-0123abcd", ".p1.partial-0123abcd"):
+        (tmp_path / name).mkdir()
+    with files.new_folder(tmp_path / "p[1]", replace=False):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"p[1]", ".p1.partial-0123abcd"}
