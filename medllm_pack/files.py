@@ -28,6 +28,7 @@ from medllm_pack.errors import SourceError, WriteError, shown
 
 _HASH_CHUNK = 4 << 20  # bytes; the size cannot change the digest
 _LOCK_NAME = ".lock"
+_IMPATIENCE = 20  # interrupts during cleaning up, which may take seconds
 _OLD = "old-"  # a folder set aside while its successor takes the name
 
 
@@ -201,8 +202,17 @@ def new_folder(target: Path, *, replace: bool) -> Iterator[Path]:
                 sync_folder(partial)
                 _take_name(partial, target, replace=replace)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, even if the user interrupts again, and again, while that goes on."""
+    for _ in range(_IMPATIENCE):
+        try:
+            return shutil.rmtree(folder, ignore_errors=True)
+        except (KeyboardInterrupt, SystemExit):
+            continue
 
 
 def _prefix(target: Path) -> str:

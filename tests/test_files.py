@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,19 @@ def test_name_with_signs_of_a_pattern_means_itself(tmp_path: Path) -> None:
     with files.new_folder(tmp_path / "p[1]", replace=False):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"p[1]", ".p1.partial-0123abcd"}
+
+
+def test_interrupting_again_does_not_end_the_cleaning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree, interrupts = shutil.rmtree, iter([KeyboardInterrupt, SystemExit])
+
+    def interrupted(folder: Path, *, ignore_errors: bool) -> None:
+        if again := next(interrupts, None):
+            raise again
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    with pytest.raises(FileExistsError), files.new_folder(tmp_path / "p", replace=False) as partial:
+        (partial / ".lock").mkdir()
+    assert not list(tmp_path.iterdir())
