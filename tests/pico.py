@@ -234,6 +234,15 @@ def write_adapter(
     return folder
 
 
+def write_head_adapter(folder: Path, copy: Array, *, dtype: str = "F32") -> Path:
+    """Write an adapter of q and the head, with the head's own weight as PEFT stores it."""
+    targets = ("q_proj", "lm_head")
+    tensors = adapter_tensors(LLAMA, targets=targets)
+    tensors["base_model.model.lm_head.base_layer.weight"] = copy
+    config = adapter_config(target_modules=list(targets))
+    return write_adapter(folder, config=config, tensors=tensors, dtype=dtype)
+
+
 def with_rows(shape: Pico, vocab: int) -> Pico:
     """Return the shape with another number of embedding rows."""
     return replace(shape, vocab=vocab)

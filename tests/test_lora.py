@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from medllm_pack.errors import AdapterError
+from medllm_pack.errors import AdapterError, PlanError
 from medllm_pack.pack.half import to_half
+from medllm_pack.pack.plan import Request, make_plan
+from medllm_pack.recipe import load_recipe
 from medllm_pack.weights.adapter_config import parse_config
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.lora import Adapter
@@ -226,21 +228,8 @@ def test_merge_is_the_same_in_any_blocks_of_rows(
 def test_adapter_made_by_peft_merges_as_peft_merges_it(
     tmp_path: Path, llama_folder: Path, changes: dict[str, Any]
 ) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    wanted: dict[str, Any] = {
-        "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
-    }  # fmt: skip
-    with _peft_warnings():
-        model = get_peft_model(base, LoraConfig(**(wanted | changes)))
-        for index, parameter in enumerate(p for n, p in model.named_parameters() if "lora_" in n):
-            parameter.data = torch.from_numpy(pico.ramp(tuple(parameter.shape), 500 + index))
-        # peft would look for the base on the Hub to see whether the vocabulary grew
-        model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-        reference = dict(model.merge_and_unload().state_dict())
+    # peft would look for the base on the Hub to see whether the vocabulary grew
+    reference = save_by_peft(llama_folder, tmp_path / "a", changes, save_embedding_layers=False)
     source = merged(llama_folder, tmp_path / "a")
     assert source.adapter.n_tensors == 2 * len(source.adapter.pairs)
     changed = 0
@@ -249,6 +238,78 @@ def test_adapter_made_by_peft_merges_as_peft_merges_it(
         assert ulps(ours, theirs).max() <= 1
         changed += name in source.adapter.pairs
     assert changed == len(source.adapter.pairs) > 0
+
+
+def save_by_peft(
+    model: Path, out: Path, changes: Mapping[str, Any], *, dtype: str = "float32", **saving: Any
+) -> dict[str, Any]:
+    """Let PEFT save an adapter with values of ours; return what its merge gives."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    wanted: dict[str, Any] = {
+        "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    with _peft_warnings():
+        adapted = get_peft_model(base, LoraConfig(**wanted | dict(changes)))
+        for index, parameter in enumerate(p for n, p in adapted.named_parameters() if "lora_" in n):
+            parameter.data = torch.from_numpy(pico.ramp(tuple(parameter.shape), 500 + index))
+        adapted.save_pretrained(out, **saving)
+        return dict(adapted.merge_and_unload().state_dict())
+
+
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded"), [("F16", "float32"), ("F16", "float16"), ("BF16", "bfloat16")]
+)
+def test_head_with_pefts_copy_of_its_weight_merges_as_peft_merges_it(
+    tmp_path: Path, stored: str, loaded: str
+) -> None:
+    """By default PEFT stores the head's own weight too, in the type that it was loaded in."""
+    model = pico.write_model(tmp_path / "m", dtype=stored)
+    save_by_peft(model, tmp_path / "a", HEAD, dtype=loaded)
+    source = merged(model, tmp_path / "a")
+    assert source.adapter.n_tensors == 2 * len(source.adapter.pairs) + 1
+    reference = peft_merged(model, tmp_path / "a", "float32")
+    for name, ours in halves(source).items():
+        assert ulps(ours, reference[name].half().numpy()).max() <= 1
+    base = pico.weights(pico.LLAMA, stored)["lm_head.weight"].astype(np.float16)
+    assert np.mean(halves(source)["lm_head.weight"] != base) > 0.9
+
+
+def test_copy_of_the_head_that_is_not_the_bases_is_refused(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    weight = pico.weights(pico.LLAMA, "F16")["lm_head.weight"].astype(np.float32)
+    halves(merged(llama_folder, pico.write_head_adapter(tmp_path / "same", weight)))
+    other = weight.copy()
+    other[-1, -1] = np.nextafter(other[-1, -1], np.float32(1))
+    for name, copy, dtype in (("other", other, "F32"), ("rounded", weight, "BF16")):
+        source = merged(llama_folder, pico.write_head_adapter(tmp_path / name, copy, dtype=dtype))
+        with pytest.raises(AdapterError, match=r"base_layer.weight' is not the base's lm_head"):
+            halves(source)
+    with pytest.raises(AdapterError, match=r"has the shape \(321, 256\), the base's lm_head"):
+        merged(
+            llama_folder,
+            pico.write_head_adapter(tmp_path / "more", np.vstack([weight, weight[:1]])),
+        )
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "left out"])
+def test_head_that_is_the_embedding_is_not_merged(tmp_path: Path, stored: bool) -> None:
+    """Not even where a head lies in the file: a tied model does not read it."""
+    config, tensors = pico.LLAMA.config(tie_word_embeddings=True), pico.weights(pico.LLAMA, "F16")
+    if not stored:
+        del tensors["lm_head.weight"]
+    base = pico.write_model(tmp_path / "m", config=config, tensors=tensors)
+    adapter = pico.write_head_adapter(tmp_path / "a", tensors["model.embed_tokens.weight"])
+    recipe = pico.write_recipe(tmp_path, {"base": base, "adapter": adapter})
+    with pytest.raises(PlanError, match="trains lm_head, which in this base is the embedding"):
+        make_plan(Request(load_recipe(recipe), tmp_path, tmp_path / "out"))
 
 
 def _peft_warnings() -> Any:

@@ -218,6 +218,21 @@ def test_sound_pack_passes_every_rung(tmp_path: Path, tokenizer: bytes, name: st
     assert html == page(manifest, result.document)
 
 
+def test_pack_whose_head_was_trained_passes_with_its_pair_proven(
+    tmp_path: Path, tokenizer: bytes
+) -> None:
+    base = pico.write_model(tmp_path / "b", dtype="BF16", tokenizer=tokenizer)
+    head = pico.weights(pico.LLAMA, "BF16")["lm_head.weight"]
+    adapter = pico.write_head_adapter(tmp_path / "a", head)
+    run(tmp_path / "p", quants=["f16", "q4_k_m"], base=base, adapter=adapter)
+    result = check(tmp_path / "p", Sources(str(base), str(adapter)))
+    for verdict in result.verdicts:
+        assert verdict.failed is None
+        assert {c.name: c.measured for c in verdict.checks}["merge.pairs"] == 3
+    manifest = json.loads((tmp_path / "p" / "pack.json").read_text(encoding="utf-8"))
+    assert manifest["adapter"]["tensors"] == 7
+
+
 def test_variants_made_with_an_importance_matrix_pass_and_have_limits_of_their_own(
     tmp_path: Path, inputs: Sources
 ) -> None:

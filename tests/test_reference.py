@@ -121,6 +121,26 @@ def test_one_piece_gives_what_transformers_and_peft_load_themselves(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # seen: equal to the bit
 
 
+def test_copy_of_the_head_counts_as_peft_loads_it(tmp_path: Path, place: Nameless) -> None:
+    """Here it is not the base's, so that it shows; a build refuses that."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = pico.write_model(tmp_path / "b", dtype="BF16")
+    head = pico.weights(pico.LLAMA, "F32")["lm_head.weight"] * 1.5
+    original = Original(listed(base), listed(pico.write_head_adapter(tmp_path / "a", head)))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(tmp_path / "a"))
+    with torch.no_grad():
+        expected = model(torch.tensor([SEQUENCES[0]])).logits[0].numpy()
+    for compute in (whole.compute_logits, reference.compute_logits):
+        paths = compute(original, SEQUENCES[:1], place=place, device="cpu", report=Silent())
+        np.testing.assert_allclose(load(paths)[0], expected, rtol=0, atol=1e-5)
+    assert set(original.pairs) == {"lm_head.weight"} | {
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
+    }
+
+
 def test_window_and_adapter_count(tmp_path: Path, place: Nameless) -> None:
     """What the tests above compare would otherwise be equal for want of a difference."""
     found = []

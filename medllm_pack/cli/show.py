@@ -30,8 +30,8 @@ def built(output: Output, plan: Plan, result: Built) -> None:
     ]  # fmt: skip
     output.table(("variant", ">size", ">bits/weight", "types", "digest"), rows)
     if plan.adapter is not None:
-        pairs = plan.adapter_tensors // 2
-        output.line(f"adapter: all {plan.adapter_tensors} tensors used, {pairs} matrices changed")
+        n, pairs = plan.adapter_tensors, plan.adapter_pairs
+        output.line(f"adapter: all {n} tensors used, {pairs} matrices changed")
     last = plan.files[-1]
     output.line(f"\n{result.folder} is ready. Next:")
     output.line(f"  ollama create {plan.recipe.ollama} -f {result.folder / last.modelfile}")

@@ -88,6 +88,7 @@ def build(
     Raises:
         CheckpointError: if a weight is NaN, infinite or too large for F16 or for the type that it
             is quantized to, or an input changed.
+        AdapterError: if the adapter holds NaN, or a copy of the head that is not the base's.
         DeviceError: if the device is missing, fails, or does not give llama.cpp's bytes.
         WriteError: if the output could not be written; nothing is left behind.
     """

@@ -11,14 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from medllm_pack import files
-from medllm_pack.errors import CheckpointError, PlanError, shown
+from medllm_pack.errors import AdapterError, CheckpointError, PlanError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.pack.inputs import Inputs
 from medllm_pack.weights.adapter_config import AdapterConfig
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.documents import strict_json
 from medllm_pack.weights.header import DType
-from medllm_pack.weights.merged import Merged
+from medllm_pack.weights.merged import TIED, Merged
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Headers:
     Attributes:
         adapter: the adapter's configuration; None if merged weights are packed.
         adapter_tensors: tensors of the adapter.
+        adapter_pairs: matrices that it changes.
         stored: types in which the matrices are stored.
         notices: decisions that the user should know.
     """
 
     adapter: AdapterConfig | None = None
     adapter_tensors: int = 0
+    adapter_pairs: int = 0
     stored: frozenset[DType] = frozenset()
     notices: tuple[str, ...] = ()
 
@@ -62,6 +64,8 @@ def read_headers(inputs: Inputs, config: llama.LlamaConfig) -> Headers:
         problems = list(_problems(source, config))
         if problems:
             raise PlanError("weights", problems)
+        if config.tied and isinstance(source, Merged) and llama.HEAD in source.adapter.pairs:
+            raise AdapterError(TIED)
         ignored = [n for n in source.tensors if llama.is_ignored(n, tied=config.tied)]
         notices = [f"{n} is left out: the embeddings are tied" for n in ignored if n == llama.HEAD]
         stored = frozenset(spec.dtype for spec in source.tensors.values() if len(spec.shape) > 1)
@@ -70,7 +74,9 @@ def read_headers(inputs: Inputs, config: llama.LlamaConfig) -> Headers:
         adapter = source.adapter
         if adapter.config.fan_in_fan_out:
             notices.append("fan_in_fan_out is set and ignored, as PEFT does for linear layers")
-        return Headers(adapter.config, adapter.n_tensors, stored, tuple(notices))
+        return Headers(
+            adapter.config, adapter.n_tensors, len(adapter.pairs), stored, tuple(notices)
+        )
 
 
 def _problems(source: Checkpoint | Merged, config: llama.LlamaConfig) -> Iterator[str]:

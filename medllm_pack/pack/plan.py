@@ -68,6 +68,7 @@ class Plan:
         inputs: local copies of what is read.
         adapter: what the adapter's configuration says; None if merged weights are packed.
         adapter_tensors: tensors of the adapter; each is used exactly once.
+        adapter_pairs: matrices that the adapter changes.
         stored: types in which the matrices of the model are stored.
         files: one a variant, in the order asked for.
         deviations: how base and adapter differ from what the recipe expects.
@@ -82,6 +83,7 @@ class Plan:
     vocabulary: Vocabulary
     adapter: AdapterConfig | None
     adapter_tensors: int
+    adapter_pairs: int
     stored: frozenset[DType]
     files: tuple[PlannedFile, ...]
     style: Style
@@ -167,7 +169,8 @@ def make_plan(request: Request, *, weights: bool = True, report: Reporter = SILE
     )  # fmt: skip
     return Plan(
         request, name, inputs, config, vocabulary, headers.adapter, headers.adapter_tensors,
-        headers.stored, planned, style, importance, differences, notices, texts,
+        headers.adapter_pairs, headers.stored, planned, style, importance, differences, notices,
+        texts,
     )  # fmt: skip
 
 

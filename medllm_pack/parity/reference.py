@@ -156,7 +156,9 @@ def _with_adapter(name: str, module: Any, lora: Any, tensors: Mapping[str, Any])
     inject_adapter_in_model(lora, root)
     state = {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", k): v.float()
              for k, v in tensors.items()}  # fmt: skip
-    expected = {key for key in root.state_dict() if ".lora_" in key}
+    # PEFT may have stored what lies below its layer, too: it is loaded as PEFT would.
+    places = root.state_dict().keys()
+    expected = {key for key in places if ".lora_" in key or key in state}
     if expected != set(state):
         odd = min(expected.symmetric_difference(state))
         raise MedllmError(f"PEFT and the adapter's file do not agree on {shown(odd)}")

@@ -26,7 +26,9 @@ from medllm_pack.weights.safetensors import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PAIR = re.compile(r"(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight\Z")
+_PART = re.compile(
+    r"(?P<module>[\w.]+)\.(?P<part>lora_A|lora_B|base_layer)(?:\.default)?\.weight\Z"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,15 @@ class Pair:
         module: module name in the base, such as ``model.layers.0.self_attn.q_proj``.
         a: spec of A, shape (r, in).
         b: spec of B, shape (out, r).
+        copy: spec of the weight without the pair, which PEFT stores where the head is a target;
+            it must be the base's.
     """
 
     module: str
     a: TensorSpec
     b: TensorSpec
     scale: float
+    copy: TensorSpec | None = None
 
     @property
     def weight(self) -> str:
@@ -118,30 +123,33 @@ def kind_of(module: str) -> str:
 
 
 def _pair_up(config: AdapterConfig, file: TensorFile) -> dict[str, Pair]:
-    sides: dict[str, dict[str, TensorSpec]] = {}
+    parts: dict[str, dict[str, TensorSpec]] = {}
     for spec in file.tensors:
-        match = _PAIR.match(spec.name.removeprefix(_PREFIX))
+        match = _PART.match(spec.name.removeprefix(_PREFIX))
         if match is None or not spec.name.startswith(_PREFIX) or len(spec.shape) != 2:
             raise AdapterError(f"adapter tensor {shown(spec.name)} {_what_else(spec)}; {REMEDY}")
-        if match["side"] in sides.setdefault(match["module"], {}):
+        if match["part"] in parts.setdefault(match["module"], {}):
             raise AdapterError(f"adapter tensor {shown(spec.name)} is there twice")
-        sides[match["module"]][match["side"]] = spec
+        parts[match["module"]][match["part"]] = spec
     return {
         f"{module}.weight": _make_pair(config, module, pair)
-        for module, pair in sorted(sides.items())
+        for module, pair in sorted(parts.items())
     }
 
 
 def _make_pair(config: AdapterConfig, module: str, pair: Mapping[str, TensorSpec]) -> Pair:
-    if set(pair) != {"A", "B"}:
-        missing = "B" if "A" in pair else "A"
-        raise AdapterError(f"adapter module {shown(module)} has no lora_{missing}")
-    a, b = pair["A"], pair["B"]
+    copy = pair.get("base_layer")
+    if copy is not None and len(pair) == 1:
+        raise AdapterError(f"adapter tensor {shown(copy.name)} {_what_else(copy)}; {REMEDY}")
+    for part in ("lora_A", "lora_B"):
+        if part not in pair:
+            raise AdapterError(f"adapter module {shown(module)} has no {part}")
+    a, b = pair["lora_A"], pair["lora_B"]
     if a.shape[0] != b.shape[1]:
         raise AdapterError(
             f"adapter module {shown(module)}: A has rank {a.shape[0]}, B has rank {b.shape[1]}"
         )
-    return Pair(module, a, b, config.scale(module, rank=a.shape[0]))
+    return Pair(module, a, b, config.scale(module, rank=a.shape[0]), copy)
 
 
 def _what_else(spec: TensorSpec) -> str:

@@ -10,12 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Final
+
+import numpy as np
 
 from medllm_pack.errors import AdapterError, shown
 from medllm_pack.weights.adapter_config import CONFIG, REMEDY
 from medllm_pack.weights.checkpoint import Checkpoint
+from medllm_pack.weights.header import TensorSpec
 from medllm_pack.weights.lora import WEIGHTS, Adapter, kind_of
 from medllm_pack.weights.safetensors import Rows, Values
+
+# What to do with a pair for a head that is the embedding: added to it, it would change both.
+TIED: Final = (
+    "the adapter trains lm_head, which in this base is the embedding (tied); untie the base first: "
+    "store the embedding a second time as lm_head.weight and set tie_word_embeddings to false"
+)
 
 
 class Merged:
@@ -45,6 +55,8 @@ class Merged:
             return self.base.values(rows)
         from medllm_pack.weights.merging import add_low_rank  # numba, which takes half a second
 
+        if pair.copy is not None:
+            self._compare(rows, pair.copy)
         a, b = self._matrices(pair)
         return add_low_rank(rows.values(), a, b[rows.start : rows.stop], pair.scale)
 
@@ -56,6 +68,15 @@ class Merged:
         """Return size and SHA-256 of every file of base and adapter, by name."""
         self.adapter.file.digest()  # raises if the file changed meanwhile
         return self.base.digests() | {WEIGHTS: (self.adapter.file.size, self.adapter.sha256)}
+
+    def _compare(self, rows: Rows, copy: TensorSpec) -> None:
+        """Refuse a weight in the adapter's file that is not the base's, in whatever type."""
+        stored = self.adapter.file.read(copy, rows.start, rows.stop)
+        if not np.array_equal(stored.values(), rows.values()):
+            raise AdapterError(
+                f"adapter tensor {shown(copy.name)} is not the base's {rows.spec.name}: it was "
+                f"trained, or rounded to {copy.dtype}, or the base is another; {REMEDY}"
+            )
 
     def close(self) -> None:
         """Close base and adapter."""
@@ -71,7 +92,9 @@ def mismatches(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
     )
     for pair in adapter.pairs.values():
         spec = base.tensors.get(pair.weight)
-        if spec is None:
+        if spec is None and pair.module == "lm_head":
+            yield TIED
+        elif spec is None:
             yield (
                 f"adapter module {shown(pair.module)} is not in the base model "
                 f"({layers} layers){trained_on}"
@@ -82,6 +105,11 @@ def mismatches(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
             yield (
                 f"adapter module {shown(pair.module)} changes a weight of shape "
                 f"({pair.b.shape[0]}, {pair.a.shape[1]}), the base has {spec.shape}{trained_on}"
+            )
+        elif pair.copy is not None and pair.copy.shape != spec.shape:
+            yield (
+                f"adapter tensor {shown(pair.copy.name)} has the shape {pair.copy.shape}, the "
+                f"base's {pair.weight} {spec.shape}; {REMEDY}"
             )
     yield from _holes(base, adapter)
 
