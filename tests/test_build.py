@@ -275,8 +275,8 @@ def test_interrupted_build_cleans_up_and_says_so(
     process = subprocess.Popen(
         [sys.executable, "-m", "medllm_pack", "build", str(recipe), "--quant=q2_k", "--out=p"],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # Where the tests run in the background, SIGINT comes to them ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Where the tests run in the background, signals come to them ignored.
+        preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".p.partial*/*.gguf")) and time.monotonic() < deadline:

@@ -393,9 +393,15 @@ print(sum(_round.stats.cache_hits.values()), round_to_half(np.arange(64.0)).toby
 """
 
 
-@pytest.mark.parametrize("code", [LOADED, MERGED], ids=["kernel", "merge"])
-@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("damage", ["empty", "half", "zeros"])
+@pytest.mark.parametrize(
+    ("code", "suffix", "damage"),
+    [
+        pytest.param(LOADED, "nbi", "empty", id="kernel-index-empty"),
+        pytest.param(LOADED, "nbc", "half", id="kernel-code-half"),
+        pytest.param(MERGED, "nbi", "zeros", id="merge-index-zeros"),
+        pytest.param(MERGED, "nbc", "empty", id="merge-code-empty"),
+    ],
+)
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, code: str, suffix: str, damage: str) -> None:
     """As a power cut leaves files that nobody synced."""
     expected = run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).removeprefix("0 ")
