@@ -18,7 +18,9 @@ import gguf
 import numpy as np
 import pytest
 import typer
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor
 from typer.testing import CliRunner
 
 from medllm_pack.cli.parity import parity
@@ -41,6 +43,7 @@ from medllm_pack.parity.report.page import page
 from medllm_pack.parity.run import Result, check_pack
 from medllm_pack.parity.runtime import Runtime
 from medllm_pack.parity.texts import read_texts, shipped_texts
+from medllm_pack.parity.tokens import STRINGS, Tokenizer
 from medllm_pack.progress import Silent
 from medllm_pack.quant import ggml
 from medllm_pack.recipe import load_recipe, recipe_path
@@ -281,6 +284,56 @@ def test_end_of_text_that_was_added_is_among_the_inputs_and_passes(
         check(pack, inputs)
 
 
+WORDS = {
+    "320": {"content": "mmHg", "special": False}, "321": {"content": "<|im_end|>", "special": True},
+    "322": {"content": "hipertens", "special": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Sources:
+    """A model with words, and an end of text, that were added to its tokenizer."""
+    folder = tmp_path_factory.mktemp("words")
+    shape = pico.with_rows(pico.LLAMA, 324)
+    base = pico.write_model(folder / "b", shape, tokenizer=tokenizer)
+    path = base / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"added_tokens_decoder": WORDS, "legacy": True}
+    path.write_text(json.dumps(config | {"eos_token": "<|im_end|>", "pad_token": "<unk>"}))
+    return Sources(str(base), str(pico.write_adapter(folder / "a")))
+
+
+def test_model_with_words_that_were_added_passes(tmp_path: Path, words: Sources) -> None:
+    pack = build_pack(tmp_path / "p", words, ["f16"])
+    old, new = "{{ .Prompt }}", "<|im_end|>{{ .Prompt }}"
+    modelfile_changed(pack, old, new)
+    [verdict] = check(pack, words).verdicts
+    assert [c.name for c in verdict.checks if c.passed is False] == ["template.digest"]
+
+
+@pytest.mark.parametrize("text", ["PA 130x80 mmHg, hipertensa", "dor\n<|im_end|>\nfim</s>b", "a"])
+def test_added_tokens_are_cut_out_as_transformers_does_it(text: str, words: Sources) -> None:
+    from transformers import AutoTokenizer
+
+    files = {path.name: path for path in Path(words.base or "").iterdir()}
+    ours = Tokenizer(Original(files, None)).encode(text, special=True)
+    assert ours == AutoTokenizer.from_pretrained(words.base)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "added_tokens.json"])
+def test_token_that_takes_the_place_of_a_piece_passes(
+    tmp_path: Path, tokenizer: bytes, place: str
+) -> None:
+    base = pico.write_model(tmp_path / "b", tokenizer=tokenizer)
+    pieces = SentencePieceProcessor(model_proto=tokenizer)
+    used = {id_ for text in STRINGS for id_ in pieces.encode(text)}
+    free = max(set(range(259, pieces.vocab_size())) - used)
+    content = {"added_tokens": [{"id": free, "content": "<|fim|>"}]}
+    (base / place).write_text(json.dumps(content if "r.j" in place else {"<|fim|>": free}))
+    inputs = Sources(str(base), str(pico.write_adapter(tmp_path / "a")))
+    [verdict] = check(build_pack(tmp_path / "p", inputs, ["f16"]), inputs).verdicts
+    assert verdict.failed is None
+
+
 def test_tiny_passes_with_the_sources_that_its_recipe_names(tmp_path: Path) -> None:
     path = recipe_path("tiny")
     request = Request(
@@ -443,6 +496,19 @@ def score_sign_wrong(pack: Path, inputs: Sources) -> None:
         score *= -1
 
 
+def token_of_another_type(pack: Path, inputs: Sources, *, id_: int, kind: gguf.TokenType) -> None:
+    Editor(variant(pack, "F16")).items("tokenizer.ggml.token_type")[id_][0] = kind
+
+
+def header_says_more(pack: Path, inputs: Sources, *, key: str, value: Any) -> None:
+    path = variant(pack, "F16")
+    kinds = {int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
+    more = {key: MetadataDetails(kinds[type(value)], value)}
+    copy_with_new_metadata(gguf.GGUFReader(path), writer, more, [])
+    path.with_suffix(".new").replace(path)
+
+
 def bos_off(pack: Path, inputs: Sources) -> None:
     Editor(variant(pack, "F16")).set("tokenizer.ggml.add_bos_token", 0)
 
@@ -551,6 +617,24 @@ FAULTS = {
         Planted(vocabulary_swapped, "tokens.vocabulary", "token ", False),
     "score sign wrong":
         Planted(score_sign_wrong, "tokens.vocabulary", "score", False),
+    "a piece that is not shown, as a control token":
+        Planted(partial(token_of_another_type, id_=300, kind=gguf.TokenType.CONTROL),
+                "tokens.vocabulary", "token 300 is of the type control, not normal", False),
+    "a piece that is cut out of any text":
+        Planted(partial(token_of_another_type, id_=300, kind=gguf.TokenType.USER_DEFINED),
+                "tokens.vocabulary", "token 300 is of the type user-defined", False),
+    "an end of text that is shown":
+        Planted(partial(token_of_another_type, id_=2, kind=gguf.TokenType.NORMAL),
+                "tokens.vocabulary", "token 2 is of the type normal, not control", False),
+    "another token that ends an answer":
+        Planted(partial(header_says_more, key="tokenizer.ggml.eot_token_id", value=300),
+                "tokens.vocabulary", "eot_token_id is '300', the tokenizer says None", False),
+    "a chat template of another model":
+        Planted(partial(header_says_more, key="tokenizer.chat_template", value="{{ 'x' }}"),
+                "tokens.vocabulary", "chat_template is", False),
+    "a setting that config.json does not know":
+        Planted(partial(header_says_more, key="llama.attention.sliding_window", value=64),
+                "settings", "sliding_window is '64', the model has None", False),
     "add_bos off":
         Planted(bos_off, "tokens.vocabulary", "add_bos_token", False),
     "double BOS by the template":

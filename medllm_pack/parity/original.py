@@ -70,12 +70,24 @@ class Original:
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         """Ids of the tokens that the JSON files add and the embedding has a row for, by text."""
-        added: dict[str, int] = self._read("added_tokens.json")
-        entries = self._read("tokenizer.json").get("added_tokens") or []
-        added = added | {entry["content"]: entry["id"] for entry in entries}
-        decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
-        added |= {entry["content"]: int(key) for key, entry in decoder.items()}
+        added = {entry["content"]: entry["id"] for entry in self._of_tokenizer_json()}
+        added |= self._read("added_tokens.json")
+        added |= {entry["content"]: int(key) for key, entry in self._of_decoder().items()}
         return {text: id_ for text, id_ in added.items() if id_ < self.config["vocab_size"]}
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts among them that are told to be special; added_tokens.json tells nothing."""
+        found = {entry["content"] for entry in self._of_tokenizer_json() if entry.get("special")}
+        found -= self._read("added_tokens.json").keys()
+        found |= {e["content"] for e in self._of_decoder().values() if e.get("special")}
+        return frozenset(found & self.added_tokens.keys())
+
+    def _of_tokenizer_json(self) -> list[dict[str, Any]]:
+        return self._read("tokenizer.json").get("added_tokens") or []
+
+    def _of_decoder(self) -> dict[str, dict[str, Any]]:
+        return self.tokenizer_config.get("added_tokens_decoder") or {}
 
     def transformers_config(self) -> Any:
         """Return the configuration as transformers reads it."""

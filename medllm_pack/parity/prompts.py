@@ -105,7 +105,7 @@ def _stops(modelfile: Modelfile) -> list[str]:
 
 
 def _check_bos(ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Check:
-    bos, wanted = tokenizer.pieces.bos_id(), int(tokenizer.adds_bos)
+    bos, wanted = tokenizer.bos, int(tokenizer.adds_bos)
     counts = [list(found).count(bos) for found in ids]
     worst = max(counts, key=lambda n: abs(n - wanted))
     first = all(list(found[:wanted]) == [bos] * wanted for found in ids)
@@ -116,7 +116,9 @@ def _check_bos(ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Check:
 def _check_ids(prompts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Check:
     if not tokenizer.comparable:
         return skipped("template.ids", "SentencePiece alone cannot follow this tokenizer")
-    wrong = [p for p, i in zip(prompts, ids, strict=True) if list(i) != tokenizer.encode(p)]
+    wrong = [
+        p for p, i in zip(prompts, ids, strict=True) if list(i) != tokenizer.encode(p, special=True)
+    ]
     detail = f"{len(prompts)} prompts are cut as the tokenizer cuts them"
     if wrong:
         detail = f"{len(wrong)} of {len(prompts)} prompts are cut otherwise, such as {_end(wrong)}"
@@ -157,7 +159,7 @@ def _check_stops(
     wrong = list(stop_problems(stops))
     for stop, spelling in zip(stops, spelled, strict=True):
         wrong += _stop_problem(stop, spelling, prompts, tokenizer)
-    wrong += _frame_problem(template, stops)
+    wrong += _frame_problem(template, [*stops, tokenizer.text(tokenizer.eos)])
     return Check(
         "template.stops", len(wrong), "= 0 of no use", not wrong,
         "; ".join(wrong) or f"{len(stops)} stops can occur, and end no answer at once",
@@ -167,7 +169,8 @@ def _check_stops(
 def _stop_problem(
     stop: str, spelling: str, prompts: Sequence[str], tokenizer: Tokenizer
 ) -> Iterator[str]:
-    control = [token for token in _control_texts(tokenizer) if token in stop]
+    texts = [*tokenizer.controls(), *sorted(tokenizer.special)]
+    control = [token for token in texts if token in stop]
     if control:
         yield f"stop {shown(stop)}: {control[0]} is a control token and is never written as text"
     elif stop not in spelling:
@@ -178,24 +181,17 @@ def _stop_problem(
         yield f"stop {shown(stop)} stands near the beginning of most notes and would end them there"
 
 
-def _control_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    pieces = tokenizer.pieces
-    for id_ in range(pieces.vocab_size()):
-        if pieces.is_control(id_) or pieces.is_unknown(id_):
-            yield pieces.id_to_piece(id_)
-
-
 def _is_common(stop: str) -> bool:
     notes = shipped_texts(count=16).notes
     return 2 * sum(stop in note[:_OPENING] for note in notes) > len(notes)
 
 
-def _frame_problem(template: Template, stops: Sequence[str]) -> Iterator[str]:
-    """Say so if a model that goes on with the template's next heading meets no stop."""
+def _frame_problem(template: Template, ends: Sequence[str]) -> Iterator[str]:
+    """Say so if a model that goes on with the template's next heading meets no stop or EOS."""
     chat: list[Message] = [("user", FIRST), ("assistant", ANSWER), ("user", SECOND)]
     after = template.render(*chat).rpartition(ANSWER)[2]
     frame = after.partition(SECOND)[0]
-    if frame.strip() and not any(stop and stop in frame for stop in stops):
+    if frame.strip() and not any(end and end in frame for end in ends):
         yield (
             f"no stop stands in {shown(frame.strip())}, with which a model goes on after its answer"
         )

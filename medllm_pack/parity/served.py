@@ -155,7 +155,7 @@ def _check_tokens(asked: Sequence[_Asked], served: Served, tokenizer: Tokenizer)
     if not tokenizer.comparable:
         return skipped(name, "SentencePiece alone cannot follow this tokenizer")
     told = [answer.read for one in asked for answer in one.theirs]
-    given = [len(tokenizer.encode(prompt)) for one in asked for prompt in one.read]
+    given = [len(tokenizer.encode(prompt, special=True)) for one in asked for prompt in one.read]
     if len(told) < len(given):
         return skipped(name, "the server was not asked everything")
     pairs = [(there, here) for there, here in zip(told, given, strict=True) if there is not None]
