@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.make_checkpoint import Shape, make
 from medllm_pack import direct
-from medllm_pack.errors import MedllmError, WriteError
+from medllm_pack.errors import MedllmError, SourceError, WriteError
 from medllm_pack.gguf.layout import lay_out
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import Built, build
@@ -453,6 +453,30 @@ def test_old_rotary_buffers_are_left_out(tmp_path: Path, tokenizer: bytes) -> No
     base = pico.write_model(tmp_path / "base", tensors=tensors, tokenizer=tokenizer)
     run(tmp_path / "p", quants=["f16"], merged=base)
     assert len(read_gguf(variant(tmp_path / "p", "F16")).tensors) == 21
+
+
+@pytest.mark.parametrize(
+    "name", ["base/config.json", "base/tokenizer.model", "adapter/adapter_config.json"]
+)
+@pytest.mark.parametrize("gone", [False, True])
+def test_small_input_that_changes_after_the_plan_has_read_it_ends_the_build(
+    tmp_path: Path, tokenizer: bytes, name: str, gone: bool
+) -> None:
+    """Else pack.json would name the digest of bytes that are not in the pack."""
+    base = pico.write_model(tmp_path / "base", tokenizer=tokenizer)
+    adapter = pico.write_adapter(tmp_path / "adapter")
+
+    class Editor(Silent):
+        def step(self, step: str, *, total_bytes: int | None = None) -> None:
+            path = tmp_path / name
+            content = path.read_bytes() if path.exists() else b""
+            path.unlink(missing_ok=True)
+            if not gone:
+                path.write_bytes(content)  # of the same size
+
+    with pytest.raises(SourceError, match=f"'{Path(name).name}'"):
+        run(tmp_path / "p", quants=["f16"], base=base, adapter=adapter, report=Editor())
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

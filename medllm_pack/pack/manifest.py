@@ -27,7 +27,7 @@ from medllm_pack.recipe import Recipe
 from medllm_pack.tables import problems_of
 from medllm_pack.weights.adapter_config import CONFIG as ADAPTER_CONFIG
 from medllm_pack.weights.checkpoint import INDEX
-from medllm_pack.weights.sources import LocalCopy, parse_source
+from medllm_pack.weights.sources import LocalCopy, LocalFile, parse_source
 
 SCHEMA = 1
 NAME = "pack.json"
@@ -156,10 +156,7 @@ def _input(role: str, copy: LocalCopy, weights: Digests) -> Document:
         for name, (size, digest) in weights.items()
         if name in copy.files
     ]
-    for name in _USED:
-        if name in copy.files:
-            file = copy.files[name]
-            described.append({"name": name, "size": file.size, "sha256": files.sha256(file.path)})
+    described += [_small(copy.files[name]) for name in _USED if name in copy.files]
     return {
         "role": role,
         # Where a folder lay says nothing about what is in it: its files' digests do.
@@ -167,6 +164,17 @@ def _input(role: str, copy: LocalCopy, weights: Digests) -> Document:
         "revision": copy.revision,
         "files": sorted(described, key=lambda item: str(item["name"])),
     }
+
+
+def _small(file: LocalFile) -> Document:
+    """Describe a file that the plan has read, minutes ago: the bytes must be the same still."""
+    try:
+        digest, now = files.sha256(file.path), file.path.stat()
+    except OSError as error:
+        raise SourceError(f"{shown(file.name)} cannot be read again: {error.strerror}") from error
+    if (now.st_size, now.st_mtime_ns) != (file.size, file.modified_ns):
+        raise SourceError(f"{shown(file.name)} changed while the pack was made; build again")
+    return {"name": file.name, "size": file.size, "sha256": digest}
 
 
 def _adapter(plan: Plan) -> Document | None:

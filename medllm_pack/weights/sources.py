@@ -77,6 +77,7 @@ class LocalFile:
         name: its name in the folder or repository.
         path: the regular file, links resolved.
         size: bytes.
+        modified_ns: when it was modified, as the file system says.
         sha256: what the Hub states for these bytes; None where nothing is stated. A file that
             was downloaded now, or is small, has been compared with it. Weights that were already
             in the cache have not: whoever reads them hashes them anyway, and compares then.
@@ -85,6 +86,7 @@ class LocalFile:
     name: str
     path: Path
     size: int
+    modified_ns: int
     sha256: str | None
 
 
@@ -211,7 +213,7 @@ def regular_file(path: Path, sha256: str | None = None) -> LocalFile:
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{shown(path.name)} in {shown(path.parent.name)} is not a regular file")
     check_small(path.name, status.st_size)
-    return LocalFile(path.name, real, status.st_size, sha256)
+    return LocalFile(path.name, real, status.st_size, status.st_mtime_ns, sha256)
 
 
 def by_name(found: Collection[LocalFile]) -> Mapping[str, LocalFile]:
