@@ -43,6 +43,7 @@ WORK ?= build/bench-$(SHAPE)
 
 bench: setup
 	$(VENV)/bin/python benchmarks/kernels.py
+	$(VENV)/bin/python -m benchmarks.merge
 	$(VENV)/bin/python benchmarks/make_checkpoint.py --shape $(SHAPE) --out $(WORK) \
 		--tokenizer examples/tiny/base/tokenizer.model
 	$(VENV)/bin/python benchmarks/build.py $(WORK) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
