@@ -42,6 +42,7 @@ from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.report.page import page
 from medllm_pack.parity.run import Result, check_pack
 from medllm_pack.parity.runtime import Runtime
+from medllm_pack.parity.seen import _fit
 from medllm_pack.parity.texts import read_texts, shipped_texts
 from medllm_pack.parity.tokens import STRINGS, Tokenizer
 from medllm_pack.progress import Silent
@@ -424,6 +425,19 @@ def scale_of_one(pack: Path, inputs: Sources) -> None:
     take(pack, build_pack(pack.parent / "other", inputs, ["f16", "q8_0"], adapter=adapter))
 
 
+def scale_of_rslora(pack: Path, inputs: Sources) -> None:
+    adapter = pico.write_adapter(pack.parent / "a", config=pico.adapter_config(use_rslora=True))
+    take(pack, build_pack(pack.parent / "other", inputs, ["f16", "q8_0"], adapter=adapter))
+
+
+def scale_by_dropout(pack: Path, inputs: Sources) -> None:
+    """As training has it: what dropout leaves is made larger."""
+    config = pico.adapter_config(lora_alpha=16 / 0.9)
+    adapter = pico.write_adapter(pack.parent / "a", config=config)
+    quants = ["q8_0", "q4_k_m", "q2_k"]
+    take(pack, build_pack(pack.parent / "other", inputs, quants, adapter=adapter))
+
+
 def pairs_swapped_between_q_and_v(pack: Path, inputs: Sources) -> None:
     names = {"q_proj": "v_proj", "v_proj": "q_proj"}
     tensors = {
@@ -597,6 +611,8 @@ FAULTS = {
         Planted(not_merged, "merge.pairs", "holds nothing of the adapter", True),
     "alpha ignored (scale 1)":
         Planted(scale_of_one, "merge.pairs", "0.500 times what the adapter adds", True),
+    "alpha taken for rsLoRA's":
+        Planted(scale_of_rslora, "merge.pairs", "2.828 times what the adapter adds", True),
     "A and B swapped between q and v":
         Planted(pairs_swapped_between_q_and_v, "merge.pairs", "of the adapter", True),
     "q rows not permuted":
@@ -712,6 +728,40 @@ def test_fault_of_the_merge_shows_in_a_quantized_variant_alone(
     failed = check(two, inputs).verdicts[0].failed
     assert failed is not None
     assert failed.name == "merge.pairs"
+
+
+def test_scale_off_by_a_tenth_shows_in_every_quantized_variant(
+    tmp_path: Path, inputs: Sources
+) -> None:
+    pack = build_pack(tmp_path / "p", inputs, ["q8_0", "q4_k_m", "q2_k"])
+    assert check(pack, inputs).passed
+    scale_by_dropout(pack, inputs)
+    reseal(pack)
+    for verdict in check(pack, inputs).verdicts:
+        assert verdict.failed is not None
+        assert verdict.failed.name == "merge.pairs"
+        assert "holds 1.1" in verdict.failed.detail
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q2_K", "IQ1_M"])
+def test_what_a_quantizer_shrinks_is_not_missed_from_a_small_adapter(kind: str) -> None:
+    """Rows of W lean towards D, as trained ones do, and a matrix lets go of most columns."""
+    random = np.random.default_rng(1)
+    w = random.standard_normal((512, 1024)) * 0.02
+    d = random.standard_normal((512, 8)) @ random.standard_normal((8, 1024))
+    d *= 0.03 * np.linalg.norm(w) / np.linalg.norm(d)
+    w += d
+    weights = np.exp(2 * random.standard_normal(1024)).astype(np.float32)
+    for share in (1.0, 1.1):
+        data = ggml.quantize((w + share * d).astype(np.float32), kind, importance=weights)
+        s = gguf.quants.dequantize(data.reshape(512, -1), gguf.GGMLQuantizationType[kind])
+        products = [
+            float((a * b).sum()) for a, b in ((s, s), (s, w), (w, w), (s, d), (w, d), (d, d))
+        ]
+        found, alike = _fit(*products)
+        noise = np.linalg.norm(s - w - share * d) / np.sqrt(s.size) / np.linalg.norm(d)
+        assert found == pytest.approx(share, abs=3 * noise)
+        assert alike > 0.5
 
 
 def test_quantized_variant_of_another_model_is_caught(two: Path, inputs: Sources) -> None:

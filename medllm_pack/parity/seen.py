@@ -25,6 +25,7 @@ from medllm_pack.limits import Limits, WeightLimits
 from medllm_pack.parity.wanted import Floats, Rows, Wanted, as_bfloat, widened
 
 EXACT = ("F32", "F16", "BF16")
+_MOST_LOST = 0.3  # of W, that a quantizer may leave; below it is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class Figures:
         wrong: values of an exact type that are not the expected ones.
         rmse: of S - E, relative to that of E.
         cosine: between S and E.
-        cosine_base: between S and W.
+        alike: how much S is W with D added in any measure, a multiple correlation.
         worst: largest error of a weight relative to the largest of its block.
-        share: how much of D is in S - W; None where the adapter is silent.
+        share: how much of D was added to W; None where the adapter is silent.
         noise: standard error of ``share``.
         allowed: limits of its type.
     """
@@ -53,7 +54,7 @@ class Figures:
     wrong: int
     rmse: float
     cosine: float
-    cosine_base: float
+    alike: float
     worst: float
     share: float | None
     noise: float
@@ -179,13 +180,14 @@ class _Sums:
     def figures(self, slot: Slot, source: str, *, targeted: bool, allowed: WeightLimits) -> Figures:
         """Return what all rows of the tensor came to."""
         ss, ee, se, xx, sw, ww, sd, wd, dd = (float(value) for value in self._products)
+        share, alike = _fit(ss, sw, ww, sd, wd, dd)
         return Figures(
             slot.name, source, slot.type, self._n, self._wrong,
             rmse=_ratio(math.sqrt(xx), math.sqrt(ee)),
             cosine=_ratio(se, math.sqrt(ss * ee)) if ss + ee else 1.0,
-            cosine_base=_ratio(sw, math.sqrt(ss * ww)),
+            alike=alike,
             worst=self._worst,
-            share=(_ratio(sd - wd, dd) if dd else 1.0) if targeted else None,
+            share=share if targeted else None,
             noise=_ratio(math.sqrt(xx / self._n), math.sqrt(dd)),
             allowed=allowed,
         )  # fmt: skip
@@ -220,6 +222,21 @@ def _products(stored: Floats, expected: Floats, rows: Rows) -> Floats:
         return np.array([*found, 0.0, 0.0, 0.0])
     d = rows.added.ravel()
     return np.array([*found, _dot(s, d), _dot(w, d), _dot(d, d)])
+
+
+def _fit(ss: float, sw: float, ww: float, sd: float, wd: float, dd: float) -> tuple[float, float]:
+    """Return how much of D was added to W, and how well S is a sum of both, from their products.
+
+    Quantizers shrink what they round, by a tenth and more at two bits. What is left of W alone
+    would then count against a small D; of both together as much is left, so the ratio is right.
+    """
+    alone = _ratio(sw, math.sqrt(ss * ww))
+    both = ww * dd - wd * wd
+    if both <= 1e-9 * ww * dd:  # D is nothing, or nothing but W
+        return 1.0, alone
+    of_w, of_d = (sw * dd - sd * wd) / both, (sd * ww - sw * wd) / both
+    alike = math.sqrt(max(_ratio(of_w * sw + of_d * sd, ss), 0.0))
+    return (of_d / of_w if of_w > _MOST_LOST else of_d), alike
 
 
 def _dot(a: Floats, b: Floats) -> float:

@@ -17,7 +17,7 @@ from medllm_pack.parity.seen import Figures, Stored, look, look_at
 from medllm_pack.parity.wanted import Wanted
 from medllm_pack.progress import Reporter
 
-_ALIKE = 0.5  # cosine above which a tensor is the base's with something added
+_ALIKE = 0.5  # correlation above which a tensor is the base's with something added
 _CHANGED = 0.01  # share of values above which a tensor was changed, not damaged
 
 Found = tuple[list[Check], tuple[TensorError, ...]]
@@ -90,13 +90,13 @@ class _Judge:
         if not pairs:
             return skipped("merge.pairs", "the pack was made from weights that were already merged")
         targets = [self._in_best_order(f) for f in found if f.share is not None]
-        known = [f for f in targets if f.right or f.cosine_base > _ALIKE]
+        known = [f for f in targets if f.right or f.alike > _ALIKE]
         proven = [f for f in known if self._holds_adapter(f)]
         problems = [_merge_problem(f) for f in known if f not in proven]
         problems += [
             f"{f.name} was changed, and the adapter does not target it"
             for f in found
-            if f.share is None and f.exact and f.wrong > _CHANGED * f.n and f.cosine_base > _ALIKE
+            if f.share is None and f.exact and f.wrong > _CHANGED * f.n and f.alike > _ALIKE
             and len(self.file.slots[f.name].shape) > 1
         ]  # fmt: skip
         limit = f"= {pairs} pairs"
@@ -112,10 +112,10 @@ class _Judge:
 
     def _in_best_order(self, seen: Figures) -> Figures:
         """Return the figures in the row order that fits; the order is the next rung's question."""
-        if seen.right or seen.cosine_base > _ALIKE:
+        if seen.right or seen.alike > _ALIKE:
             return seen
         other = self._look_at(seen.name, permuted=False)
-        return other if other.cosine_base > seen.cosine_base else seen
+        return other if other.alike > seen.alike else seen
 
     def _holds_adapter(self, seen: Figures) -> bool:
         assert seen.share is not None
