@@ -4,8 +4,8 @@
 
 PEFT's layer merges in place: its product in float32 with a BLAS, then a sum in F16, which is the
 second rounding. Ours adds the same terms in float64 in a fixed order and rounds once. What differs
-is counted against the sum in float64 of all terms, rounded to F16. PEFT's product is faster the
-larger the rank is; ours has the same bits on every machine.
+is counted against the sum in float64 of all terms, rounded to F16. Ours has the same bits on every
+machine.
 """
 
 from __future__ import annotations

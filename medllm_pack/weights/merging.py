@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medllm_pack.compiling import cached, compiled
 from medllm_pack.quant.kernels import widen
 
-_STRIP = 256  # columns whose r rows of A stay in the first-level cache
+_STRIP = 256  # columns whose r rows of A stay in a core's cache
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -38,42 +38,44 @@ def _add(
 ) -> None:
     rows, columns = weight.shape
     rank = a.shape[0]
-    spare = np.empty(_STRIP)
+    # Where a matrix lies, rows are a large power of two apart and push each other out of the cache.
+    strip, sums = np.empty((rank, _STRIP)), np.empty((2, _STRIP))
     for left in range(0, columns, _STRIP):
-        # Two rows at a time, for which A is loaded once; the last may be alone.
+        size = min(_STRIP, columns - left)
+        for k in range(rank):
+            source, target = a[k, left : left + size], strip[k, :size]
+            for j in range(size):
+                target[j] = source[j]
+        # Two rows at a time, for which A is loaded once; the last may be done twice.
         for i in range(0, rows, 2):
             other = min(i + 1, rows - 1)
             # Slices from zero: LLVM sees that no index is negative, and vectorizes.
-            total = out[i, left : left + _STRIP]
-            total1 = out[other, left : left + _STRIP] if other > i else spare[: total.size]
-            term = a[0, left : left + _STRIP]
-            for j in range(total.size):
+            total, total1, term = sums[0, :size], sums[1, :size], strip[0, :size]
+            for j in range(size):
                 total[j] = b[i, 0] * term[j]
-            for j in range(total.size):
                 total1[j] = b[other, 0] * term[j]
             # Four terms while the sum is in a register, one after the other as everywhere.
             k = 1
             while k + 4 <= rank:
                 b0, b1, b2, b3 = b[i, k], b[i, k + 1], b[i, k + 2], b[i, k + 3]
                 c0, c1, c2, c3 = b[other, k], b[other, k + 1], b[other, k + 2], b[other, k + 3]
-                a0, a1 = a[k, left : left + _STRIP], a[k + 1, left : left + _STRIP]
-                a2, a3 = a[k + 2, left : left + _STRIP], a[k + 3, left : left + _STRIP]
-                for j in range(total.size):
+                a0, a1 = strip[k, :size], strip[k + 1, :size]
+                a2, a3 = strip[k + 2, :size], strip[k + 3, :size]
+                for j in range(size):
                     x0, x1, x2, x3 = a0[j], a1[j], a2[j], a3[j]
                     total[j] = (((total[j] + b0 * x0) + b1 * x1) + b2 * x2) + b3 * x3
                     total1[j] = (((total1[j] + c0 * x0) + c1 * x1) + c2 * x2) + c3 * x3
                 k += 4
             while k < rank:
-                term = a[k, left : left + _STRIP]
-                for j in range(total.size):
+                term = strip[k, :size]
+                for j in range(size):
                     total[j] += b[i, k] * term[j]
-                for j in range(total.size):
                     total1[j] += b[other, k] * term[j]
                 k += 1
-            for row in range(i, other + 1):
-                total, base = out[row, left : left + _STRIP], weight[row, left : left + _STRIP]
-                for j in range(total.size):
-                    total[j] = base[j] + scale * total[j]
+            for row, sum_ in ((i, total), (other, total1)):
+                result, base = out[row, left : left + size], weight[row, left : left + size]
+                for j in range(size):
+                    result[j] = base[j] + scale * sum_[j]
 
 
 @_compiled("void(uint16[::1], int64[::1], float64[::1])")
