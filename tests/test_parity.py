@@ -41,7 +41,7 @@ from medllm_pack.parity.reference import compute_logits
 from medllm_pack.parity.report.details import translate
 from medllm_pack.parity.report.page import page
 from medllm_pack.parity.run import Result, check_pack
-from medllm_pack.parity.runtime import Runtime
+from medllm_pack.parity.runtime import Runtime, layers
 from medllm_pack.parity.seen import _fit
 from medllm_pack.parity.texts import read_texts, shipped_texts
 from medllm_pack.parity.tokens import STRINGS, Tokenizer
@@ -402,6 +402,17 @@ def test_weights_of_the_model_are_read_once_for_all_variants(
     assert [verdict.passed for verdict in result.verdicts] == [True, True]
     assert len(read) == len(set(read))
     assert {name for name, _, _ in read} > {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_what_a_run_depends_on_is_recorded_and_threads_are_not(pack: Path, inputs: Sources) -> None:
+    found = []
+    for threads in (1, 3):
+        runtime = Runtime(threads=threads, ctx=64)
+        check_pack(pack, texts=TEXTS, sources=inputs, runtime=runtime, report=Silent())
+        found.append((pack / "parity.json").read_bytes())
+    assert found[0] == found[1]
+    assert json.loads(found[0])["llama.cpp"] == {"ctx": 64, "gpu_layers": 0}
+    assert Runtime(gpu_layers=layers("all")).document()["gpu_layers"] == "all"
 
 
 def test_checking_again_gives_the_same_bytes(pack: Path, inputs: Sources) -> None:

@@ -36,6 +36,8 @@ CHECKS = (
     ("logits.ppl_ratio", 1.01744, "1 ± 0.1"),
 )  # fmt: skip
 
+RUNTIME = {"ctx": 256, "gpu_layers": 0}
+
 
 def verdict(quant: str, *, error: float, failed: str | None = None, size: int) -> Verdict:
     """Return a verdict of a model of 32 layers whose figures follow from ``error``."""
@@ -78,7 +80,7 @@ def documents(*, failed: str | None = None, more: int = 0) -> tuple[dict[str, An
         ],
     }
     way = ON_CPU.document()
-    return pack, json.loads(json.dumps(describe(shipped_texts(count=2), verdicts, way)))
+    return pack, json.loads(json.dumps(describe(shipped_texts(count=2), verdicts, way, RUNTIME)))
 
 
 @pytest.fixture(scope="module")
@@ -417,3 +419,11 @@ def test_bars_do_not_cover_names(browser: Browser, sound: str, tmp_path: Path) -
     browser.width(1100)
     names, bars = browser.evaluate(BARS_AND_NAMES)
     assert names < bars
+
+
+def test_page_says_how_llama_cpp_was_run(sound: str) -> None:
+    assert "at most 256 of each text (--ctx)" in sound
+    assert "llama.cpp computed on the processor." in sound
+    pack, parity = documents()
+    parity["llama.cpp"] = {"ctx": 64, "gpu_layers": "all"}
+    assert "computed layers on a GPU (--gpu-layers all)" in page(pack, parity)

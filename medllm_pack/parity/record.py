@@ -24,14 +24,24 @@ _KEY_FIGURES = ("kld_mean", "kld_p99", "top1", "ppl", "ppl_ratio")
 _REFERENCE = ("torch", "transformers", "peft")
 
 
-def describe(texts: Texts, verdicts: Sequence[Verdict], way: Mapping[str, str]) -> dict[str, Any]:
-    """Return the content of parity.json; ``way`` says how the reference was computed."""
+def describe(
+    texts: Texts, verdicts: Sequence[Verdict], way: Mapping[str, str], runtime: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of parity.json.
+
+    Args:
+        texts: what was predicted.
+        verdicts: one a variant.
+        way: how the reference was computed.
+        runtime: how llama.cpp was run.
+    """
     return {
         "schema": SCHEMA,
         "passed": all(verdict.passed for verdict in verdicts),
         "texts": texts.document(),
         "tools": manifest.tools() | {name: version(name) for name in _REFERENCE},
         "reference": dict(way),
+        "llama.cpp": dict(runtime),
         "kld": {"edges": list(KLD_EDGES), "quantiles": list(KLD_QUANTILES)},
         "variants": [verdict.document() for verdict in verdicts],
     }
@@ -71,6 +81,7 @@ def write(
     texts: Texts,
     verdicts: Sequence[Verdict],
     way: Mapping[str, str],
+    runtime: Mapping[str, Any],
 ) -> None:
     """Write the verdict into a pack.
 
@@ -80,12 +91,13 @@ def write(
         texts: what was predicted.
         verdicts: one a variant.
         way: how the reference was computed.
+        runtime: how llama.cpp was run.
 
     Raises:
         SourceError: if pack.json or SHA256SUMS cannot be understood.
         WriteError: if the disk says no.
     """
     verdict = document | {"parity": summary(texts, verdicts)}
-    parity = describe(texts, verdicts, way)
+    parity = describe(texts, verdicts, way, runtime)
     more = {NAME: files.canonical_json(parity), report.NAME: report.page(verdict, parity)}
     papers.update(folder, verdict, more)

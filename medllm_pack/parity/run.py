@@ -173,9 +173,9 @@ def check_pack(
     if (folder / SIGNATURE).exists():
         report.notice(f"{SIGNATURE} is removed, since it cannot hold for the verdict; "
                       "sign the pack again")  # fmt: skip
-    way = reference.way.document()
-    record.write(folder, manifest, texts, verdicts, way)
-    return Result(folder, texts, verdicts, record.describe(texts, verdicts, way), reference.way)
+    how = reference.way.document(), runtime.document()
+    record.write(folder, manifest, texts, verdicts, *how)
+    return Result(folder, texts, verdicts, record.describe(texts, verdicts, *how), reference.way)
 
 
 def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:

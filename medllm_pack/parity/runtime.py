@@ -37,6 +37,11 @@ class Runtime:
         """Return what every job that computes is given."""
         return {"threads": self.threads, "gpu_layers": self.gpu_layers}
 
+    def document(self) -> dict[str, Any]:
+        """Return what parity.json says: all but the threads, of which no figure depends."""
+        every = self.gpu_layers == ALL_LAYERS
+        return {"ctx": self.ctx, "gpu_layers": "all" if every else self.gpu_layers}
+
     def require(self) -> None:
         """Refuse to start if layers should go where nothing can take them.
 

@@ -245,12 +245,15 @@ def _method(pack: Document, parity: Document, words: Words) -> Markup:
     tokens = max((v["figures"].get("tokens", 0) for v in parity["variants"]), default=0)
     key = "texts_user" if texts["sha256"] is None else "texts_shipped"
     said = words(key, count=str(texts["count"]), name=texts["name"], tokens=str(tokens))
-    reference, variant, limits = (
-        words(f"method_{name}") for name in ("reference", "variant", "limits")
-    )
-    way = parity["reference"]
-    computed = words(_WAYS.get(way["way"], "method_layers"), device=way["device"])
-    points = [reference, computed, variant, limits]
+    way, runtime = parity["reference"], parity["llama.cpp"]
+    layers = runtime["gpu_layers"]
+    points = [
+        words("method_reference"),
+        words(_WAYS.get(way["way"], "method_layers"), device=way["device"]),
+        words("method_variant", ctx=str(runtime["ctx"])),
+        words("method_gpu" if layers else "method_cpu", layers=str(layers)),
+        words("method_limits"),
+    ]
     tools = [
         tag("tr", tag("th", name, scope="row"), tag("td", value))
         for name, value in sorted(parity["tools"].items())
