@@ -241,6 +241,7 @@ def test_an_adapter_is_its_own_set_of_files(tmp_path: Path) -> None:
         ("merged", {"config.json": b"{}", "consolidated.00.pth": b"x"}, "only as pickle"),
         ("base", {"config.json": b"{}", "model.ckpt": b"x"}, "only as pickle"),
         ("adapter", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, "only as pickle"),
+        ("adapter", {"adapter_config.json": b"{}", "adapters.safetensors": b"x"}, "mlx_lm.fuse"),
         ("base", ADAPTER, "use --adapter"),
         ("adapter", MODEL, "use --merged or --base"),
         ("base", {"config.json": b"{}"}, "neither model.safetensors nor .*holds 'config.json'"),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medllm_pack.errors import AdapterError, PlanError
 from medllm_pack.pack.half import to_half
 from medllm_pack.pack.plan import Request, make_plan
+from medllm_pack.parity.original import Original
 from medllm_pack.recipe import load_recipe
 from medllm_pack.weights.adapter_config import parse_config
 from medllm_pack.weights.checkpoint import Checkpoint
@@ -222,6 +223,7 @@ def test_merge_is_the_same_in_any_blocks_of_rows(
         {"exclude_modules": r".*layers\.0\.self_attn\.v_proj"},
         {"bias": "lora_only"},
         {"bias": "all"},
+        {"init_lora_weights": "mica"},
     ],
     ids=lambda changes: next(iter(changes)) + "=" + str(next(iter(changes.values()))),
 )
@@ -331,16 +333,27 @@ def _peft_warnings() -> Any:
 REFUSED: dict[str, Mapping[str, Any]] = {
     "DoRA": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "lora_bias": {"lora_bias": True},
-    "single tokens": {"trainable_token_indices": [3]},
-    "replicates": {"layer_replication": [[0, 2]]},
-    "target_parameters": {"target_parameters": ["experts.w"]},
+    "lora_bias.*train one without$": {"lora_bias": True},
+    "activated.*train a plain one$": {"alora_invocation_tokens": [9]},
+    "QALoRA.*train a plain one$": {"use_qalora": True},
+    "Arrow.*name one of them$": {"arrow_config": {"top_k": 2}},
+    "Megatron.*merge it with PEFT": {"megatron_config": {"tp_size": 2}},
+    "LoftQ.*merge it with PEFT": {"loftq_config": {"loftq_bits": 4}},
+    "single tokens.*merge it with PEFT": {"trainable_token_indices": [3]},
+    "replicates.*layers repeated": {"layer_replication": [[0, 2]]},
+    "target_parameters.*merge it with PEFT": {"target_parameters": ["experts.w"]},
     "rewrites the base": {"init_lora_weights": "pissa"},
-    "rewrites the base weights": {"init_lora_weights": "olora"},
-    "LoftQ": {"loftq_config": {"loftq_bits": 4}},
-    "not known here": {"use_something_new": True},
-    "peft_type": {"peft_type": "IA3"},
-    "ranks from": {"r": 100000},
+    "rewrites the base weights; merge it with PEFT": {"init_lora_weights": "olora"},
+    "pissa_niter_4.*convert it where": {"init_lora_weights": "pissa_niter_4"},
+    "corda.*convert it where": {"init_lora_weights": "corda"},
+    "not known here; merge it with PEFT": {"use_something_new": True},
+    "'kasa_config', which is not known here": {"kasa_config": {"beta": 0.1}},
+    "'some_factor', which is not known here": {"some_factor": 0},
+    "neither true nor false": {"use_rslora": 1},
+    "not an object": {"alpha_pattern": [1]},
+    "peft_type 'IA3'.*merge it with PEFT": {"peft_type": "IA3"},
+    "has no peft_type": {"peft_type": None},
+    "ranks from.*merge it with PEFT": {"r": 100000},
     "lora_alpha": {"lora_alpha": "16"},
     "not a finite number": {"lora_alpha": float("inf")},
     "plain name.*merge it with PEFT": {"rank_pattern": {r".*\.q_proj": 4}},
@@ -385,6 +398,16 @@ def broken(tmp_path: Path, change: str) -> Path:
                 del tensors[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight"]
         case "no target":
             tensors = {name: value for name, value in tensors.items() if "v_proj" not in name}
+        case "prefix":
+            tensors = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
+        case "other name":
+            tensors = {k.replace(".weight", ".sft.weight"): v for k, v in tensors.items()}
+        case "one size":
+            tensors[f"{first}A.weight"] = pico.ramp((8 * 256,), 1)
+        case "empty":
+            tensors[f"{first}A.weight"] = np.zeros((0,), np.float32)
+        case "zero":
+            tensors |= {k: v * 0 for k, v in tensors.items() if "lora_B" in k}
         case "NaN":
             tensors[f"{first}A.weight"][0, 0] = np.nan
     return pico.write_adapter(tmp_path / change, tensors=tensors)
@@ -404,6 +427,11 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("head", "lm_head.base_layer.weight' is a whole weight that replaces the base's"),
         ("hole", "no tensors for 'model.layers.1.self_attn.v_proj'"),
         ("no target", "names the target 'v_proj'"),
+        ("prefix", "not what PEFT stores .* save it again with save_pretrained"),
+        ("other name", "not what PEFT stores"),
+        ("one size", "not what PEFT stores"),
+        ("empty", "is empty; a sharded model"),
+        ("zero", "every lora_B .* is zero"),
         ("NaN", "NaN or infinity"),
     ],
 )
@@ -424,6 +452,27 @@ def test_adapter_for_some_layers_only_is_no_hole(tmp_path: Path, llama_folder: P
         "model.layers.1.self_attn.q_proj.weight",
         "model.layers.1.self_attn.v_proj.weight",
     ]
+
+
+def test_what_is_off_in_a_newer_peft_changes_nothing() -> None:
+    """PEFT writes every key that it knows, and what is not used as null, false or empty."""
+    off: dict[str, Any] = {"a": None, "b": False, "c": [], "d": {}, "e": ""}
+    assert parse_config(pico.adapter_config(**off)) == parse_config(pico.adapter_config())
+
+
+def test_names_with_the_adapters_own_are_read_as_peft_reads_them(
+    tmp_path: Path, llama_folder: Path, llama_adapter: Path
+) -> None:
+    tensors = pico.adapter_tensors(pico.LLAMA)
+    renamed = {k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}
+    named = pico.write_adapter(tmp_path / "a", tensors=renamed)
+    ours = halves(merged(llama_folder, named))
+    reference = peft_merged(llama_folder, named, "float32")
+    for name, expected in halves(merged(llama_folder, llama_adapter)).items():
+        np.testing.assert_array_equal(ours[name], expected)
+        assert ulps(expected, reference[name].half().numpy()).max() <= 1
+    original = Original(files_of(llama_folder), files_of(named))
+    assert original.pairs.keys() == merged(llama_folder, named).adapter.pairs.keys()
 
 
 def test_missing_adapter_file_is_named(tmp_path: Path) -> None:

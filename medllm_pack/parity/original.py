@@ -7,6 +7,7 @@ repeat a mistake of the build. Knows nothing of GGUF. Memory: what is asked for 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ Role = Literal["base", "merged", "adapter"]
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors")
 _PREFIX = "base_model.model."
+_DEFAULT = re.compile(r"(?<=\.lora_[AB])\.default\.weight$")
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,15 @@ class Original:
         return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
     def adapter_file(self, device: str = "cpu") -> dict[str, Any]:
-        """Return the adapter's tensors as its file names them, on a device."""
+        """Return the adapter's tensors as PEFT names them in a file, on a device."""
         from safetensors.torch import load_file
 
         assert self.adapter is not None
         tensors: dict[str, Any] = load_file(
             self.adapter["adapter_model.safetensors"], device=device
         )
-        return tensors
+        # PEFT also reads names that still hold the name of the adapter.
+        return {_DEFAULT.sub(".weight", name): tensor for name, tensor in tensors.items()}
 
     def peft_config(self) -> Any:
         """Return the adapter's configuration as PEFT reads it."""

@@ -35,21 +35,38 @@ _HARMLESS = frozenset(
         "bias",  # models that are packed have none; one in the file is refused as a tensor
     }
 )  # fmt: skip
-# Initialisations that also rewrite the base weights, so that W + BA is not the trained model.
-_HARMLESS_INIT = frozenset({"gaussian", "default", "eva", "orthogonal", True, False, None})
+# Initialisations that leave the base as it is; all others rewrite it, so that W + BA is not the
+# trained model.
+_HARMLESS_INIT = frozenset({"gaussian", "default", "eva", "orthogonal", "mica", True, False, None})
+# Of those, the ones that PEFT does not repeat when it loads the adapter: they were random, or need
+# the training data. Tried with 0.21.2: CorDA is an error, the others give another model.
+_LOST_INIT = re.compile(r"pissa_niter_\d+|corda|lora_ga")
+_LOST_BASE: Final = (
+    "which rewrites the base as nothing can repeat; convert it where it was trained "
+    "(save_pretrained with path_initial_model_for_weight_conversion), or merge it into the base "
+    "that was saved there"
+)
 _NAMED_REFUSALS = {
     "use_dora": "it is a DoRA adapter (it also rescales every column)",
     "modules_to_save": "it replaces whole modules (modules_to_save)",
     "trainable_token_indices": "it trains single tokens of the embedding",
-    "lora_bias": "its low-rank pairs have biases (lora_bias)",
-    "layer_replication": "it replicates layers of the base",
     "target_parameters": "it targets raw parameters (target_parameters)",
-    "use_qalora": "it is a QALoRA adapter",
-    "alora_invocation_tokens": "it is an activated LoRA, which works only unmerged",
     "loftq_config": "it was made for a LoftQ-quantized base",
-    "corda_config": "it was initialised by CorDA, which rewrites the base",
-    "arrow_config": "it routes between several adapters (Arrow)",
     "megatron_config": "it was made for Megatron's parallel layers",
+}
+# What PEFT does not merge either, or not rightly (tried with 0.21.2), and what to do instead.
+_REFUSALS_OF_PEFT = {
+    "lora_bias": "its low-rank pairs have biases (lora_bias), for which a LLaMA has no place; "
+    "train one without",
+    "layer_replication": "it replicates layers of the base, and PEFT merges what each copy learned "
+    "into one; store the base with its layers repeated, numbered anew and counted in config.json, "
+    "and take layer_replication out of the adapter's configuration",
+    "use_qalora": "it is a QALoRA adapter, made for a GPTQ base, into which PEFT does not merge "
+    "either; train a plain one",
+    "alora_invocation_tokens": "it is an activated LoRA, which is at work behind some tokens only, "
+    "and merged it would be everywhere; train a plain one",
+    "arrow_config": "it routes between several adapters (Arrow), which nothing merged can do; name "
+    "one of them",
 }
 
 
@@ -105,23 +122,27 @@ def parse_config(document: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         AdapterError: if it is not LoRA, or asks for something that is not done here.
     """
-    if document.get("peft_type") != "LORA":
+    kind = document.get("peft_type")
+    if kind is None:
+        raise AdapterError(f"{CONFIG} has no peft_type: it is not the configuration of PEFT's LoRA")
+    if kind != "LORA":
         raise AdapterError(
-            f"{CONFIG} has the peft_type {shown(document.get('peft_type'))}; only LORA is merged"
+            f"{CONFIG} has the peft_type {shown(kind)}; only LORA is merged here. If PEFT merges "
+            f"that, {REMEDY}"
         )
     for reason in _refusals(document):
-        raise AdapterError(f"the adapter cannot be merged here: {reason}; {REMEDY}")
+        raise AdapterError(f"the adapter cannot be merged here: {reason}")
     targets, excluded = (_names(document, key) for key in ("target_modules", "exclude_modules"))
     return AdapterConfig(
         r=_rank(document.get("r"), "r"),
         alpha=_number(document.get("lora_alpha"), "lora_alpha"),
         dropout=_number(document.get("lora_dropout", 0.0), "lora_dropout"),
-        rslora=document.get("use_rslora", False) is True,
+        rslora=_flag(document, "use_rslora"),
         rank_pattern={k: _rank(v, "rank_pattern") for k, v in _pattern(document, "rank_pattern")},
         alpha_pattern={
             k: _number(v, "alpha_pattern") for k, v in _pattern(document, "alpha_pattern")
         },
-        fan_in_fan_out=document.get("fan_in_fan_out", False) is True,
+        fan_in_fan_out=_flag(document, "fan_in_fan_out"),
         targets=targets or (),
         excluded=excluded or (),
         selective=targets is None or excluded is None or any("." in name for name in targets),
@@ -133,17 +154,36 @@ def parse_config(document: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _refusals(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why it is not merged, with the way around."""
     for key, value in document.items():
-        if key in _HARMLESS or not value:
+        if key in _HARMLESS or _is_off(value):
             continue
-        yield _NAMED_REFUSALS.get(key, f"{CONFIG} sets {shown(key)}, which is not known here")
+        unknown = f"{CONFIG} sets {shown(key)}, which is not known here"
+        yield _REFUSALS_OF_PEFT.get(key) or f"{_NAMED_REFUSALS.get(key, unknown)}; {REMEDY}"
     init = document.get("init_lora_weights", True)
-    if not isinstance(init, str | bool | None) or init not in _HARMLESS_INIT:
-        yield f"it was initialised by {shown(init)}, which rewrites the base weights"
+    if isinstance(init, str) and _LOST_INIT.fullmatch(init):
+        yield f"it was initialised by {shown(init)}, {_LOST_BASE}"
+    elif not isinstance(init, str | bool | None) or init not in _HARMLESS_INIT:
+        yield f"it was initialised by {shown(init)}, which rewrites the base weights; {REMEDY}"
+
+
+def _is_off(value: Any) -> bool:
+    # What PEFT writes for what is not used. A number says something even if it is 0.
+    return value is None or value is False or value in ("", [], {})
+
+
+def _flag(document: Mapping[str, Any], key: str) -> bool:
+    value = document.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterError(f"{CONFIG}: {key} is {shown(value)}, neither true nor false")
+    return value is True
 
 
 def _pattern(document: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
-    for pattern, value in (document.get(key) or {}).items():
+    patterns = document.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{CONFIG}: {key} is {shown(patterns)}, not an object")
+    for pattern, value in patterns.items():
         # PEFT reads these keys as regular expressions; only literal names are followed here.
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise AdapterError(
@@ -164,7 +204,8 @@ def _by_pattern(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
 def _rank(value: Any, key: str) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_RANK:
         raise AdapterError(
-            f"{CONFIG}: {key} is {shown(value)}; ranks from 1 to {_MAX_RANK} are read"
+            f"{CONFIG}: {key} is {shown(value)}; ranks from 1 to {_MAX_RANK} are merged here; "
+            f"{REMEDY}"
         )
     return value
 

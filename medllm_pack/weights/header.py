@@ -141,6 +141,11 @@ def _parse_entry(name: str, entry: Any, file: str) -> tuple[TensorSpec, int, int
             f"{where} has the type {shown(dtype)}; F16, BF16 and F32 are read. "
             "Quantized checkpoints must be dequantized by their own tool first"
         )
+    if shape == [0]:
+        raise CheckpointError(
+            f"{where} is empty; a sharded model (DeepSpeed ZeRO-3, FSDP) was saved without "
+            "gathering its parts. Save it again with them gathered"
+        )
     if not _is_sizes(shape, least=1) or not 1 <= len(shape) <= 2:
         raise CheckpointError(f"{where} has the shape {shown(shape)}; one or two sizes are read")
     if not _is_sizes(offsets, least=0) or len(offsets) != 2:

@@ -29,6 +29,7 @@ _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>[\w.]+)\.(?P<part>lora_A|lora_B|base_layer)(?:\.default)?\.weight\Z"
 )
+_SIDE = re.compile(r"\.lora_[AB](\.|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,11 @@ class Adapter:
         # Hashed now: later its tensors are read by several threads, in any order.
         self.sha256 = file.digest()
         self.pairs: Mapping[str, Pair] = MappingProxyType(_pair_up(config, file))
+        if not any(file.read(p.b, 0, p.b.rows).values().any() for p in self.pairs.values()):
+            raise AdapterError(
+                f"every lora_B in {WEIGHTS} is zero, as before training: the result would be the "
+                "base. Save the adapter again from the trained model"
+            )
         targets = config.targets or tuple(sorted(self.kinds))
         self.config = replace(config, targets=targets)
 
@@ -127,7 +133,7 @@ def _pair_up(config: AdapterConfig, file: TensorFile) -> dict[str, Pair]:
     for spec in file.tensors:
         match = _PART.match(spec.name.removeprefix(_PREFIX))
         if match is None or not spec.name.startswith(_PREFIX) or len(spec.shape) != 2:
-            raise AdapterError(f"adapter tensor {shown(spec.name)} {_what_else(spec)}; {REMEDY}")
+            raise AdapterError(f"adapter tensor {shown(spec.name)} {_what_else(spec)}")
         if match["part"] in parts.setdefault(match["module"], {}):
             raise AdapterError(f"adapter tensor {shown(spec.name)} is there twice")
         parts[match["module"]][match["part"]] = spec
@@ -140,7 +146,7 @@ def _pair_up(config: AdapterConfig, file: TensorFile) -> dict[str, Pair]:
 def _make_pair(config: AdapterConfig, module: str, pair: Mapping[str, TensorSpec]) -> Pair:
     copy = pair.get("base_layer")
     if copy is not None and len(pair) == 1:
-        raise AdapterError(f"adapter tensor {shown(copy.name)} {_what_else(copy)}; {REMEDY}")
+        raise AdapterError(f"adapter tensor {shown(copy.name)} {_what_else(copy)}")
     for part in ("lora_A", "lora_B"):
         if part not in pair:
             raise AdapterError(f"adapter module {shown(module)} has no {part}")
@@ -153,10 +159,16 @@ def _make_pair(config: AdapterConfig, module: str, pair: Mapping[str, TensorSpec
 
 
 def _what_else(spec: TensorSpec) -> str:
-    """Say what a tensor is that belongs to no low-rank pair."""
+    """Say what a tensor is that belongs to no low-rank pair, and the way around."""
+    if _SIDE.search(spec.name):
+        # PEFT passes over names that it does not know: its merge would be the base.
+        return (
+            f"is not what PEFT stores ({_PREFIX}MODULE.lora_A.weight, of two sizes), and PEFT "
+            "would not load it; save it again with save_pretrained, a sharded model gathered"
+        )
     if ".lora_" in spec.name:
-        return "is not the A or B of a linear layer"
+        return f"is not the A or B of a linear layer; {REMEDY}"
     if spec.name.endswith((".bias", ".bias.default")):
-        return "is a trained bias, and biases are not packed"
+        return f"is a trained bias, and biases are not packed; {REMEDY}"
     # PEFT saves embeddings whole when they are targets, or when the vocabulary grew.
-    return "is a whole weight that replaces the base's: a trained or resized one"
+    return f"is a whole weight that replaces the base's: a trained or resized one; {REMEDY}"

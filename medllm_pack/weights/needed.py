@@ -37,6 +37,7 @@ _LEGAL = ("license", "licence", "notice", "use_policy")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")  # how transformers' Trainer names its folders
+_MLX = "adapters.safetensors"  # what mlx_lm.lora writes
 _LISTED = 6  # names in a message
 _ADAPTER_PICKLE = "load it with PEFT, then save_pretrained writes adapter_model.safetensors"
 _MODEL_PICKLE = "load them with transformers, then save_pretrained writes safetensors"
@@ -112,6 +113,11 @@ def _no_weights(names: Collection[str], where: str, wanted: str, convert: str) -
             f"{where} has its weights only as pickle: {listed(pickles)}. Pickles can run code and "
             "are never opened; ask its author for safetensors, or convert them where nothing can "
             f"be harmed ({convert})"
+        )
+    if _MLX in names and wanted == ADAPTER_WEIGHTS:
+        return SourceError(
+            f"{where} is an adapter of MLX ({_MLX}); merge it with mlx_lm.fuse, put the base's "
+            "tokenizer.model beside the result, and build with --merged"
         )
     neither = "neither " if " nor " in wanted else "no "
     return SourceError(
