@@ -194,6 +194,27 @@ def test_bytes_do_not_depend_on_the_number_of_threads(
     assert recipes < set(a)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_threads_compute_than_were_asked_for(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    busy, most = [0], [0]
+    lock, real = threading.Lock(), kernels.quantize
+
+    def quantize(*block: Any, **more: Any) -> Any:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.02)  # so that others come meanwhile
+        with lock:
+            busy[0] -= 1
+        return real(*block, **more)
+
+    monkeypatch.setattr(kernels, "quantize", quantize)
+    run(tmp_path / "p", quants=["q4_k_m", "q8_0"], merged=llama_folder, threads=threads)
+    assert most[0] == threads
+
+
 def test_bytes_do_not_depend_on_the_size_of_blocks(
     tmp_path: Path, llama_folder: Path, llama_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from threading import Semaphore
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ from medllm_pack.quant.device import DeviceName
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.header import TensorSpec
 from medllm_pack.weights.merged import Merged
-from medllm_pack.weights.safetensors import WAITING_BYTES, Rows, Values
+from medllm_pack.weights.safetensors import WAITING_BYTES, Rows
 
 _NORMS = 16 << 20  # more than the norms of any model take while they wait
 BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
@@ -169,8 +170,15 @@ class _Converter:
     """What is done to a block of rows between reading and writing. Used by many threads."""
 
     def __init__(
-        self, plan: Plan, source: Source, outputs: Mapping[str, Output], quantize: Quantizer
+        self,
+        plan: Plan,
+        source: Source,
+        outputs: Mapping[str, Output],
+        quantize: Quantizer,
+        *,
+        threads: int,
     ) -> None:
+        self.computing = Semaphore(threads)
         self.source = source
         self.quantize = quantize
         self.head_dim = plan.config.head_dim
@@ -187,27 +195,29 @@ class _Converter:
         """Convert and write a block; return the bytes that were read for it."""
         tensor = self.tensors.get(rows.spec.name)
         if tensor is not None:
-            values = self.source.values(rows)
             if len(tensor.shape) == 1:
-                self._put_vector(rows, values)
+                self._put_vector(rows)
             else:
-                self._put_matrix(rows, values, tensor)
+                self._put_matrix(rows, tensor)
         return rows.data.size
 
-    def _put_vector(self, rows: Rows, values: Values) -> None:
+    def _put_vector(self, rows: Rows) -> None:
         # llama.cpp keeps norms in F32, whatever the file's type.
-        exact = _bytes(finite(values, rows).astype(np.float32))
+        exact = _bytes(finite(self.source.values(rows), rows).astype(np.float32))
         for target in self.targets[rows.spec.name]:
             target.put(0, exact)
 
-    def _put_matrix(self, rows: Rows, values: Values, tensor: llama.Tensor) -> None:
-        halves = to_half(values, rows)
-        if tensor.heads is not None:
-            halves = llama.interleave(halves, self.head_dim)
+    def _put_matrix(self, rows: Rows, tensor: llama.Tensor) -> None:
+        with self.computing:
+            halves = to_half(self.source.values(rows), rows)
+            if tensor.heads is not None:
+                halves = llama.interleave(halves, self.head_dim)
         importance = self.importance.get(tensor.name)
         encoded = _Encoded(tensor.name, halves, importance, self.quantize)
         for target in self.targets[rows.spec.name]:
-            target.put(rows.start, encoded[target.slot.type])
+            with self.computing:
+                data = encoded[target.slot.type]
+            target.put(rows.start, data)
 
 
 def memory_bytes(files: int, *, threads: int) -> int:
@@ -265,8 +275,8 @@ def _stream(
         )
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
-        convert = _Converter(plan, source, outputs, quantize)
-        # Two workers more than processors: one or two of them wait for the disk most of the time.
+        convert = _Converter(plan, source, outputs, quantize, threads=threads)
+        # Two workers more than compute: one or two of them wait for the disk most of the time.
         for read in ahead.each(convert, blocks, workers=threads + 2, name="block"):
             report.advance(read)
         report.step("finishing")
