@@ -346,7 +346,7 @@ REFUSED: dict[str, Mapping[str, Any]] = {
     "rewrites the base weights; merge it with PEFT": {"init_lora_weights": "olora"},
     "pissa_niter_4.*convert it where": {"init_lora_weights": "pissa_niter_4"},
     "corda.*convert it where": {"init_lora_weights": "corda"},
-    "not known here; merge it with PEFT": {"use_something_new": True},
+    "not known here; with a version of PEFT that knows it": {"use_something_new": True},
     "'kasa_config', which is not known here": {"kasa_config": {"beta": 0.1}},
     "'some_factor', which is not known here": {"some_factor": 0},
     "neither true nor false": {"use_rslora": 1},
@@ -431,7 +431,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("other name", "not what PEFT stores"),
         ("one size", "not what PEFT stores"),
         ("empty", "is empty; a sharded model"),
-        ("zero", "every lora_B .* is zero"),
+        ("zero", "every pair in .* is zero"),
         ("NaN", "NaN or infinity"),
     ],
 )

@@ -121,6 +121,21 @@ def test_one_piece_gives_what_transformers_and_peft_load_themselves(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # seen: equal to the bit
 
 
+@pytest.mark.parametrize("compute", [whole.compute_logits, reference.compute_logits])
+def test_no_base_weight_is_decomposed_for_an_adapter_that_is_trained(
+    tmp_path: Path, place: Nameless, compute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = make(tmp_path)
+    plain = load(compute(original, SEQUENCES, place=place, device="cpu", report=Silent()))
+    pico.write_adapter(
+        tmp_path / "a", config=pico.adapter_config(init_lora_weights="mica"), dtype="F16"
+    )
+    monkeypatch.delattr(torch.linalg, "svd")
+    mica = load(compute(original, SEQUENCES, place=place, device="cpu", report=Silent()))
+    for one, other in zip(plain, mica, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_copy_of_the_head_counts_as_peft_loads_it(tmp_path: Path, place: Nameless) -> None:
     """Here it is not the base's, so that it shows; a build refuses that."""
     from peft import PeftModel

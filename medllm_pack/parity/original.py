@@ -123,7 +123,10 @@ class Original:
         from peft import PeftConfig
 
         assert self.adapter is not None
-        return PeftConfig.from_pretrained(str(self.adapter["adapter_config.json"].parent))
+        config = PeftConfig.from_pretrained(str(self.adapter["adapter_config.json"].parent))
+        # All values are in the file; PEFT would decompose every base weight for MiCA's first ones.
+        config.init_lora_weights = False
+        return config
 
     @cached_property
     def pairs(self) -> dict[str, LowRank]:

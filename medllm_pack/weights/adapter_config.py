@@ -158,8 +158,13 @@ def _refusals(document: Mapping[str, Any]) -> Iterator[str]:
     for key, value in document.items():
         if key in _HARMLESS or _is_off(value):
             continue
-        unknown = f"{CONFIG} sets {shown(key)}, which is not known here"
-        yield _REFUSALS_OF_PEFT.get(key) or f"{_NAMED_REFUSALS.get(key, unknown)}; {REMEDY}"
+        # A PEFT that does not know a key drops it with a warning.
+        unknown = (
+            f"{CONFIG} sets {shown(key)}, which is not known here; with a version of PEFT that "
+            f"knows it (others pass over it), {REMEDY}"
+        )
+        named = f"{_NAMED_REFUSALS[key]}; {REMEDY}" if key in _NAMED_REFUSALS else unknown
+        yield _REFUSALS_OF_PEFT.get(key, named)
     init = document.get("init_lora_weights", True)
     if isinstance(init, str) and _LOST_INIT.fullmatch(init):
         yield f"it was initialised by {shown(init)}, {_LOST_BASE}"

@@ -64,9 +64,9 @@ class Adapter:
         # Hashed now: later its tensors are read by several threads, in any order.
         self.sha256 = file.digest()
         self.pairs: Mapping[str, Pair] = MappingProxyType(_pair_up(config, file))
-        if not any(file.read(p.b, 0, p.b.rows).values().any() for p in self.pairs.values()):
+        if not any(map(self._adds, self.pairs.values())):
             raise AdapterError(
-                f"every lora_B in {WEIGHTS} is zero, as before training: the result would be the "
+                f"every pair in {WEIGHTS} is zero, as before training: the result would be the "
                 "base. Save the adapter again from the trained model"
             )
         targets = config.targets or tuple(sorted(self.kinds))
@@ -115,6 +115,9 @@ class Adapter:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+    def _adds(self, pair: Pair) -> bool:
+        return all(self.file.read(s, 0, s.rows).values().any() for s in (pair.a, pair.b))
 
     def _matrix(self, spec: TensorSpec) -> NDArray[np.float64]:
         values = self.file.read(spec, 0, spec.rows).values().astype(np.float64)
