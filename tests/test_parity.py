@@ -29,11 +29,13 @@ from medllm_pack.errors import (
     MedllmError,
     SourceError,
     UsageError,
+    WriteError,
 )
 from medllm_pack.gguf.reader import read_gguf
 from medllm_pack.pack.build import build
 from medllm_pack.pack.plan import Request, make_plan
 from medllm_pack.parity import allowance, ways, whole, worker
+from medllm_pack.parity.checks import Verdict, at_most
 from medllm_pack.parity.measures import KLD_EDGES, KLD_QUANTILES, compare, spread, summarize
 from medllm_pack.parity.nameless import Nameless
 from medllm_pack.parity.original import Original, Sources, Weights
@@ -283,6 +285,19 @@ def test_end_of_text_that_was_added_is_among_the_inputs_and_passes(
     (base / name).write_text("{}")
     with pytest.raises(SourceError, match=rf"'{name}' is not the file that the pack"):
         check(pack, inputs)
+
+
+def test_eos_behind_every_prompt_is_named(tmp_path: Path, inputs: Sources) -> None:
+    base = Path(shutil.copytree(inputs.base or "", tmp_path / "b"))
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_eos_token": True}))
+    pack = build_pack(tmp_path / "p", inputs, ["f16"], base=base)
+    assert "sets add_eos_token" in (pack / "pack.json").read_text(encoding="utf-8")
+    failed = check(pack, Sources(str(base), inputs.adapter)).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "template.end"
+    assert "set add_eos_token to false" in failed.detail
+    assert not [part for part in translate(failed.detail, str) if part.foreign]
 
 
 WORDS = {
@@ -839,6 +854,32 @@ def test_job_that_meets_a_limit_is_a_finding_and_the_others_go_on(
 
 
 # --- inputs and texts
+
+
+def test_texts_of_too_few_tokens_are_no_ground_for_a_verdict(
+    pack: Path, inputs: Sources, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("Dor")
+    texts = read_texts(tmp_path / "a.txt", count=9)
+    with pytest.raises(SourceError, match="the texts have [0-9]+ tokens; a verdict needs 100"):
+        check_pack(pack, texts=texts, sources=inputs, report=Silent())
+    assert not (pack / "parity.json").exists()
+
+
+def test_line_of_a_figure_that_fails_says_it_and_its_limit() -> None:
+    failed = at_most("logits.kld_mean", 0.25, 0.12, "nats, over 859 tokens")
+    result = Result(Path(), TEXTS, (Verdict("q4_k_m", (failed,)),), {}, ways.ON_CPU)
+    with pytest.raises(CheckFailedError, match=r"kld_mean: 0\.25, which should be <= 0\.12 \(nats"):
+        result.raise_if_failed()
+
+
+def test_folder_for_temporary_files_that_is_not_there_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python's tempfile would take /tmp, where users' texts may not go."""
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    with Nameless() as place, pytest.raises(WriteError, match=r"/no/such/folder.*TMPDIR"):
+        place.new()
 
 
 def test_input_that_is_not_the_packs_is_refused_by_name(

@@ -101,13 +101,19 @@ def read_vocabulary(files: Mapping[str, Path], *, rows: int) -> Vocabulary:
     table.check()
     special = dict(_special(table, processor, config))
     prefix = config.get("add_prefix_space")
+    adds_eos = _flag(config, "add_eos_token", default=False)
+    if adds_eos:
+        table.notices.append(
+            f"{CONFIG} sets add_eos_token, as for training: an end of text would stand behind "
+            "every prompt, and no answer follow; set it to false"
+        )
     return Vocabulary(
         tokens=tuple(table.tokens),
         scores=tuple(table.scores),
         types=tuple(table.types),
         special=special,
         add_bos=_flag(config, "add_bos_token", default=True),
-        add_eos=_flag(config, "add_eos_token", default=False),
+        add_eos=adds_eos,
         add_space_prefix=prefix if isinstance(prefix, bool) else None,
         notices=tuple(table.notices),
     )

@@ -59,6 +59,13 @@ class Check:
         rung: Rung = self.name.partition(".")[0]  # type: ignore[assignment]
         return rung
 
+    @property
+    def found(self) -> str:
+        """What was found; with the value, where the sentence does not hold it."""
+        if not isinstance(self.measured, float):
+            return self.detail
+        return f"{self.measured:.4g}, which should be {self.limit} ({self.detail})"
+
     def document(self) -> dict[str, Any]:
         """Return the check as it stands in parity.json."""
         return {

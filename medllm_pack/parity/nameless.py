@@ -10,6 +10,7 @@ open, in this process and in one that is given the descriptor. Knows nothing of 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -37,7 +38,7 @@ class Nameless(ExitStack):
         """
         with _explained():
             # O_TMPFILE; where a file system does not know that, the name is removed at once.
-            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            file = tempfile.TemporaryFile(buffering=0, dir=_folder())  # noqa: SIM115
         self.enter_context(file)
         return _DESCRIPTORS / str(file.fileno())
 
@@ -58,9 +59,18 @@ def descriptor(path: Path) -> int:
     return int(path.name)
 
 
+def _folder() -> str:
+    """Return the folder for temporary files.
+
+    If nothing can be written to ``TMPDIR``, tempfile goes elsewhere without a word; but whoever
+    names a folder in memory wants nothing on a disk.
+    """
+    return os.environ.get("TMPDIR") or tempfile.gettempdir()
+
+
 def _explained() -> AbstractContextManager[None]:
     """Turn an OSError into one that names the folder and the remedy."""
     return files.translated(
-        Path(tempfile.gettempdir()), what="a temporary file in",
+        Path(_folder()), what="a temporary file in",
         elsewhere="another folder with TMPDIR",
     )  # fmt: skip

@@ -80,7 +80,7 @@ def check_template(
     return [
         _check_bos(ids, tokenizer),
         _check_ids(prompts, ids, tokenizer),
-        _check_end(prompts, ids, longer),
+        _check_end(prompts, ids, longer, tokenizer),
         _check_stops(template, prompts, stops, answer["spelled"], tokenizer),
         _check_digest(modelfile, digest),
     ]
@@ -130,7 +130,10 @@ def _end(prompts: Sequence[str]) -> str:
 
 
 def _check_end(
-    prompts: Sequence[str], ids: Sequence[Sequence[int]], longer: Sequence[Sequence[int]]
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    longer: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
 ) -> Check:
     """Compare the ids of a prompt with the beginning of prompt and answer in one.
 
@@ -145,6 +148,11 @@ def _check_end(
         detail = (
             f"{wrong} prompts do not end where an answer begins: with the answer behind it the end "
             "is cut into other tokens; end the template before .Response with a line break"
+        )
+    if tokenizer.adds_eos:
+        detail = (
+            "the tokenizer puts an EOS behind every prompt; set add_eos_token to false in "
+            "tokenizer_config.json, and build again"
         )
     return Check("template.end", wrong, "= 0 prompts", not wrong, detail)
 

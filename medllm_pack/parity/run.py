@@ -57,6 +57,7 @@ from medllm_pack.parity.ways import Reference, Way
 from medllm_pack.progress import SILENT, Reporter
 
 NOTES = 16  # texts that are used
+_LEAST_TOKENS = 100
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 24
 
 
@@ -93,7 +94,7 @@ class Result:
             if check := verdict.failed:
                 raise CheckFailedError(
                     f"{verdict.quant} is not the model it was made from: {check.name}: "
-                    f"{check.detail}. Usual cause: {CAUSES[check.rung]}"
+                    f"{check.found}. Usual cause: {CAUSES[check.rung]}"
                 )
 
 
@@ -185,6 +186,16 @@ def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:
     return _Climb(entry["quant"], folder / name, entry["sha256"], entry)
 
 
+def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
+    """Refuse texts over which chance alone decides: a perplexity of five tokens says nothing."""
+    tokens = sum(map(len, sequences))
+    if tokens < _LEAST_TOKENS:
+        raise SourceError(
+            f"the texts have {tokens} tokens; a verdict needs {_LEAST_TOKENS}, better thousands: "
+            "give more or longer notes"
+        )
+
+
 class _Ladder:
     """The rungs, in order, for all variants of a pack."""
 
@@ -208,6 +219,7 @@ class _Ladder:
 
     def climb(self, climbs: Sequence[_Climb], texts: Texts, place: Nameless) -> None:
         sequences = [self.tokenizer.encode(note)[: self.runtime.ctx] for note in texts.notes]
+        _require_tokens(sequences)
         for climb in climbs:
             self._look_at_file(climb)
         sound = [climb for climb in climbs if climb.header is not None]
