@@ -49,6 +49,7 @@ from medllm_pack.parity.texts import read_texts, shipped_texts
 from medllm_pack.parity.tokens import STRINGS, Tokenizer
 from medllm_pack.progress import Silent
 from medllm_pack.quant import ggml
+from medllm_pack.quant.mixes import load_mix, mix_names
 from medllm_pack.recipe import load_recipe, recipe_path
 from tests import pico
 from tests.test_bad_input import run as command
@@ -796,6 +797,33 @@ def test_quantized_variant_of_another_model_is_caught(two: Path, inputs: Sources
     failed = check(two, inputs).verdicts[0].failed
     assert failed is not None
     assert failed.name == "weights.exact"  # the norms are in F32 there, too
+
+
+def test_variant_under_the_name_of_another_is_caught(two: Path, inputs: Sources) -> None:
+    """A file that is better than its name says, too; pack.json may repeat the mistake."""
+    shutil.copyfile(variant(two, "F16"), variant(two, "Q8_0"))
+    reseal(two)
+    failed = check(two, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "file.variant"
+    assert failed.detail == (
+        "general.file_type is '1', of Q8_0 it is 7; the tensors are 16 F16, 5 F32, pack.json says "
+        "5 F32, 16 Q8_0"
+    )
+    assert not [part for part in translate(failed.detail, str) if part.foreign]
+    path = two / "pack.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["variants"][0]["types"] = {"F32": 5, "F16": 16}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    failed = check(two, inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.detail == "general.file_type is '1', of Q8_0 it is 7"
+
+
+def test_every_shipped_mix_bears_the_number_of_its_name() -> None:
+    known = {kind.name.partition("_")[2].lower(): int(kind) for kind in gguf.LlamaFileType}
+    for name in mix_names():
+        assert load_mix(name).file_type == known[name]
 
 
 def test_byte_flipped_after_the_build_is_caught_by_the_digest(pack: Path, inputs: Sources) -> None:

@@ -22,7 +22,7 @@ Rung = Literal[
 # What usually lies behind the first rung that fails.
 CAUSES: Mapping[Rung, str] = MappingProxyType(
     {
-        "file": "the file was changed after the build, or damaged on the disk",
+        "file": "the file was changed after the build, damaged on the disk, or renamed",
         "settings": "the header was made from another config.json, or edited",
         "merge": "the adapter was not merged, merged with another scale, or another one was",
         "weights": "rows in the wrong order, tensors under each other's names, or damaged data",

@@ -35,6 +35,7 @@ from medllm_pack.pack.sums import SIGNATURE
 from medllm_pack.parity import record
 from medllm_pack.parity.cache import Cache, model_key
 from medllm_pack.parity.checks import CAUSES, Check, TensorError, Verdict, broken, skipped
+from medllm_pack.parity.header import check_settings, check_variant
 from medllm_pack.parity.jobs import Jobs
 from medllm_pack.parity.measures import Spread
 from medllm_pack.parity.nameless import Nameless
@@ -50,7 +51,6 @@ from medllm_pack.parity.tokens import (
     STRINGS,
     Tokenizer,
     check_ids,
-    check_settings,
     check_vocabulary,
 )
 from medllm_pack.parity.ways import Reference, Way
@@ -262,6 +262,7 @@ class _Ladder:
             else (f"{climb.path.name} is not the file that pack.json names")
         )
         climb.checks.append(Check("file.digest", int(not same), "= 0 differ", same, detail))
+        climb.checks.append(check_variant(climb.header, climb.entry))
 
     def _weigh(self, climbs: Sequence[_Climb]) -> list[Found]:
         """Compare all weights of all files with the model's, which are read once."""

@@ -1,8 +1,8 @@
-"""Rungs *settings* and *tokens*: what the header says, and how llama.cpp cuts text into ids.
+"""Rung *tokens*: the vocabulary in the header, and how llama.cpp cuts text into ids.
 
-SentencePiece reads tokenizer.model itself and is the judge; transformers reads config.json. What
-neither knows of must not stand in the header: llama.cpp would go by it. The strings are what
-clinical Portuguese is made of, and what breaks tokenizers.
+SentencePiece reads tokenizer.model itself and is the judge. What neither it nor the JSON files know
+of must not stand in the header: llama.cpp would go by it. The strings are what clinical Portuguese
+is made of, and what breaks tokenizers.
 """
 
 from __future__ import annotations
@@ -40,17 +40,6 @@ STRINGS: Sequence[str] = (
     "\u2581sublinha▁do SentencePiece", "a" * 70, "1234567890" * 4, "=====-----_____.....",
 )  # fmt: skip
 
-# GGUF key -> attribute of transformers' configuration.
-_SETTINGS = {
-    "llama.block_count": "num_hidden_layers",
-    "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.vocab_size": "vocab_size",
-}
 _VOCABULARY = "tokenizer.ggml."
 _ARRAYS = ("tokens", "scores", "token_type")
 
@@ -139,19 +128,6 @@ def _any_of(texts: Collection[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
-def check_settings(metadata: Mapping[str, Any], original: Original) -> Check:
-    """Compare the header's hyperparameters with config.json as transformers reads it."""
-    expected = dict(_expected_settings(original))
-    unknown = dict.fromkeys(key for key in metadata if key.startswith("llama."))
-    wrong = [
-        f"{key} is {shown(metadata.get(key))}, the model has {value}"
-        for key, value in (unknown | expected).items()
-        if not _same(metadata.get(key), value)
-    ]
-    return Check("settings", len(wrong), "= 0 differ", not wrong,
-                 "; ".join(wrong) or "the header says what config.json says")  # fmt: skip
-
-
 def check_vocabulary(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Check:
     """Compare the header's tokens and scores with tokenizer.model."""
     wrong = list(_vocabulary_problems(metadata, tokenizer))
@@ -171,34 +147,6 @@ def check_ids(ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Check:
     if wrong:
         detail = f"{len(wrong)} of {len(STRINGS)} strings differ, the first is {shown(wrong[0])}"
     return Check("tokens.ids", len(wrong), "= 0 differ", not wrong, detail)
-
-
-def _expected_settings(original: Original) -> Iterator[tuple[str, Any]]:
-    config = original.transformers_config()
-    yield "general.architecture", "llama"
-    for key, attribute in _SETTINGS.items():
-        yield key, getattr(config, attribute)
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        yield f"llama.{key}", head_dim
-    base, factor = _rope(config)
-    yield "llama.rope.freq_base", base
-    yield "llama.rope.scaling.type", None if factor is None else "linear"
-    yield "llama.rope.scaling.factor", factor
-
-
-def _rope(config: Any) -> tuple[float, float | None]:
-    """Return base and linear factor; transformers 5 keeps both together, 4 did not."""
-    scaling = getattr(config, "rope_parameters", None) or config.rope_scaling or {}
-    base = scaling.get("rope_theta") or config.rope_theta
-    return float(base), scaling.get("factor") if scaling.get("rope_type") == "linear" else None
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, float) and isinstance(found, float):
-        return bool(np.float32(found) == np.float32(expected))
-    return bool(found == expected)
 
 
 def _vocabulary_problems(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
