@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.build import Cost, Ours, machine, measured
+from benchmarks.build import Cost, Ours, compile_kernels, machine, measured
 from medllm_pack.quant import kernels
 
 VARIANTS = "f16,q8_0,q6_k,q5_k_m,q4_k_m"
@@ -38,6 +38,7 @@ def main() -> None:
     print(machine())
     for line in _threads(("Q4_K", "Q6_K", "Q8_0")):
         print(line, flush=True)
+    compile_kernels(arguments.quant)
     for work in arguments.works:
         for line in _variants(work.resolve(), arguments.quant.split(","), arguments.threads):
             print(line, flush=True)
