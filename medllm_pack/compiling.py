@@ -13,8 +13,10 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from numba import njit
+from numba import config, njit
 from numba.core.registry import cpu_target
+
+from medllm_pack.errors import MedllmError
 
 # What numba may not do: reorder a sum, fuse a product into it, raise on 0 / 0.
 STRICT: dict[str, Any] = {"fastmath": False, "error_model": "numpy", "nogil": True}
@@ -26,7 +28,12 @@ def cached(function: Callable[..., Any], *, tag: str = "") -> Any:
     Args:
         function: what to compile.
         tag: changes with what decides its code outside of its file.
+
+    Raises:
+        MedllmError: if numba is told not to compile.
     """
+    if config.DISABLE_JIT:
+        raise MedllmError("NUMBA_DISABLE_JIT is set, but kernels must be compiled; unset it")
     function.__qualname__ += f"_{tag}{_processor()}"
     try:
         return njit(cache=True, **STRICT)(function)

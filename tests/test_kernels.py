@@ -339,6 +339,17 @@ print("numba" in sys.modules, "llvmlite" in sys.modules)
     assert run_python(code) == "False False"
 
 
+def test_numba_that_may_not_compile_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    command = [sys.executable, "-m", "medllm_pack", "build", "tiny", "--out", str(tmp_path / "p")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: NUMBA_DISABLE_JIT is set")
+    assert "Traceback" not in done.stderr
+
+
 LOADED = """
 import numpy as np
 from medllm_pack.quant import kernels
