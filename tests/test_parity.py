@@ -843,6 +843,36 @@ def test_scale_of_a_quantized_block_that_is_wrong_is_caught(two: Path, inputs: S
     assert failed.name == "weights.worst_block"
 
 
+def test_tensor_that_is_farthest_from_the_limit_of_its_type_is_named_first(
+    q4_k_m: Made, tmp_path: Path
+) -> None:
+    """A cosine of Q6_K that is wrong is larger than a sound one of Q4_K."""
+    built, inputs = q4_k_m
+    pack = Path(shutil.copytree(built, tmp_path / "pack"))
+    data = Editor(variant(pack, "Q4_K_M")).data
+    for name, factor in (("output.weight", 1.12), ("blk.1.attn_v.weight", 1.2)):
+        scales = data[name].reshape(-1, 210)[::2, -2:]  # of every second block
+        scales[:] = (scales.copy().view(np.float16) * np.float16(factor)).view(np.uint8)
+    reseal(pack)
+    checks = {c.name: c for c in check(pack, inputs).verdicts[0].checks}
+    for name in ("weights.rmse", "weights.cosine"):
+        assert checks[name].passed is False
+        assert checks[name].detail.startswith("blk.1.attn_v.weight (Q6_K): relative")
+        assert "output.weight" in checks[name].detail
+
+
+def test_check_that_passes_gives_no_reasons_of_others(q4_k_m: Made, tmp_path: Path) -> None:
+    built, inputs = q4_k_m
+    pack = Path(shutil.copytree(built, tmp_path / "pack"))
+    rows = Editor(variant(pack, "Q4_K_M")).data["blk.0.ffn_up.weight"]
+    rows[3, 16:20] ^= 0x08  # a few weights of one block
+    reseal(pack)
+    checks = {c.name: c for c in check(pack, inputs).verdicts[0].checks}
+    assert checks["weights.worst_block"].passed is False
+    assert checks["weights.rmse"].passed
+    assert checks["weights.rmse"].detail.startswith("nearest to its limit: ")
+
+
 def test_truncated_file_fails_and_the_others_are_still_checked(two: Path, inputs: Sources) -> None:
     data = variant(two, "Q8_0").read_bytes()
     variant(two, "Q8_0").write_bytes(data[:-32])

@@ -141,6 +141,8 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _line(check: Check) -> tuple[str, ...]:
-    measured = "" if check.measured is None else f"{check.measured:.4g}"
+    from medllm_pack.parity.checks import form
+
+    measured = "" if check.measured is None else f"{check.measured:{form(check.measured)}}"
     verdict = {True: "ok", False: "NO", None: "-"}[check.passed]
     return (check.name, measured, check.limit, verdict, check.detail)

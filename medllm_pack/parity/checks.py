@@ -34,6 +34,8 @@ CAUSES: Mapping[Rung, str] = MappingProxyType(
     }
 )
 
+_NEAR = 0.01  # to one
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -64,7 +66,9 @@ class Check:
         """What was found; with the value, where the sentence does not hold it."""
         if not isinstance(self.measured, float):
             return self.detail
-        return f"{self.measured:.4g}, which should be {self.limit} ({self.detail})"
+        return (
+            f"{self.measured:{form(self.measured)}}, which should be {self.limit} ({self.detail})"
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the check as it stands in parity.json."""
@@ -168,6 +172,15 @@ class Verdict:
             "limits": [departure.document() for departure in self.departures],
             "checks": [check.document() for check in self.checks],
         }
+
+
+def form(value: float) -> str:
+    """Return how many digits to write: more beside one, where shares and cosines lie.
+
+    >>> f"{0.999976:{form(0.999976)}}", f"{0.0186325:{form(0.0186325)}}"
+    ('0.999976', '0.01863')
+    """
+    return ".6g" if abs(value - 1) < _NEAR else ".4g"
 
 
 def rounded(value: float | int | None) -> float | int | str | None:

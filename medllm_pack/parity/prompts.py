@@ -109,7 +109,8 @@ def _check_bos(ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Check:
     counts = [list(found).count(bos) for found in ids]
     worst = max(counts, key=lambda n: abs(n - wanted))
     first = all(list(found[:wanted]) == [bos] * wanted for found in ids)
-    detail = f"{worst} BOS in one of {len(ids)} prompts"
+    where = "each" if set(counts) == {worst} else "one"
+    detail = f"{worst} BOS in {where} of {len(ids)} prompts"
     return Check("template.bos", worst, f"= {wanted}", worst == wanted and first, detail)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medllm_pack.limits import Limits
@@ -134,16 +134,16 @@ class _Judge:
         coarse = [f for f in found if not f.exact]
         if not coarse:
             return
-        reasons = self._explained([f for f in coarse if not f.right])
-        worst = max(coarse, key=lambda f: f.rmse / f.allowed.rmse)
-        yield at_most("weights.rmse", worst.rmse, worst.allowed.rmse, reasons or _at(worst))
-        worst = min(coarse, key=lambda f: f.cosine)
-        least = math.sqrt(max(1 - worst.allowed.rmse**2, 0))
-        yield at_least("weights.cosine", worst.cosine, least, reasons or _at(worst))
+        reasons = self._explained([f for f in _by_error(coarse) if not f.right])
+        worst = _by_error(coarse)[0]
+        check = at_most("weights.rmse", worst.rmse, worst.allowed.rmse, _at(worst))
+        yield _with_reasons(check, reasons)
+        worst = max(coarse, key=lambda f: (1 - f.cosine**2) / f.allowed.rmse**2)
+        check = at_least("weights.cosine", worst.cosine, _least_cosine(worst), _at(worst))
+        yield _with_reasons(check, reasons)
         worst = max(coarse, key=lambda f: f.worst / f.allowed.worst_block)
-        yield at_most(
-            "weights.worst_block", worst.worst, worst.allowed.worst_block, reasons or _at(worst)
-        )
+        check = at_most("weights.worst_block", worst.worst, worst.allowed.worst_block, _at(worst))
+        yield _with_reasons(check, reasons)
 
     def _explained(self, wrong: Sequence[Figures]) -> str:
         """Explain the first tensors that are wrong and count the rest."""
@@ -192,6 +192,20 @@ def _merge_problem(seen: Figures) -> str:
     if abs(share) < 0.1:
         return f"{seen.name} holds nothing of the adapter (share {share:.3f})"
     return f"{seen.name} holds {share:.3f} times what the adapter adds"
+
+
+def _by_error(found: Sequence[Figures]) -> list[Figures]:
+    """Return the tensors with the largest errors, as measured by their limits, first."""
+    return sorted(found, key=lambda f: f.rmse / f.allowed.rmse, reverse=True)
+
+
+def _least_cosine(seen: Figures) -> float:
+    """Return the cosine of a tensor whose error is the largest that its type may have."""
+    return math.sqrt(max(1 - seen.allowed.rmse**2, 0))
+
+
+def _with_reasons(check: Check, reasons: str) -> Check:
+    return check if check.passed or not reasons else replace(check, detail=reasons)
 
 
 def _at(seen: Figures) -> str:

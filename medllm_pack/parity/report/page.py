@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from medllm_pack.parity.checks import form
 from medllm_pack.parity.report import heat, plots
 from medllm_pack.parity.report.markup import Markup, tag
 from medllm_pack.parity.report.words import LANGUAGES, TAGS, Words
@@ -217,11 +218,11 @@ def _own_limits(variant: Document, words: Words) -> Markup:
 
 def _check(check: Document, words: Words) -> Markup:
     measured = check["measured"]
-    form = "d" if isinstance(measured, int) else ".4g"
+    written = form(measured) if isinstance(measured, float) else "d"
     return tag(
         "tr",
         tag("th", words.named("check_names", check["name"]), scope="row"),
-        tag("td", words.data(measured, form), class_="n"),
+        tag("td", words.data(measured, written), class_="n"),
         tag("td", words.limit(check["limit"]), class_="n"),
         tag("td", _chip(check["passed"], words)),
         tag("td", words.detail(check["detail"]), class_="detail"),
