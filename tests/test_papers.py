@@ -97,6 +97,7 @@ def test_card_says_the_verdict_and_the_figures(built: Path) -> None:
     [
         (lambda document: document["recipe"].update(future=1), "recipe .* future: there is no"),
         (lambda document: document.pop("template"), "pack.json lacks 'template'"),
+        (lambda document: document["variants"].clear(), "pack.json names no variant"),
         (lambda document: document.update(recipe=None), "recipe in pack.json"),
     ],
 )

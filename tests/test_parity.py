@@ -931,6 +931,19 @@ def test_line_of_a_figure_that_fails_says_it_and_its_limit() -> None:
         result.raise_if_failed()
 
 
+def test_cache_that_cannot_be_made_is_one_error(pack: Path, inputs: Sources) -> None:
+    with pytest.raises(WriteError, match=r"the cache '/dev/null/x' cannot be.*or --no-cache"):
+        check_pack(pack, texts=TEXTS, sources=inputs, cache=Path("/dev/null/x"), report=Silent())
+
+
+def test_pack_json_without_types_is_one_error(pack: Path, inputs: Sources) -> None:
+    document = json.loads((pack / "pack.json").read_text(encoding="utf-8"))
+    del document["variants"][0]["types"]
+    (pack / "pack.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(SourceError, match="lacks 'types'"):
+        check(pack, inputs)
+
+
 def test_folder_for_temporary_files_that_is_not_there_is_not_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

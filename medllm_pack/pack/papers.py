@@ -27,6 +27,8 @@ def derived(document: Document) -> dict[str, str]:
     Raises:
         SourceError: if the document is not one that this version understands.
     """
+    if not document.get("variants", True):
+        raise SourceError(f"{manifest.NAME} names no variant; build the pack again")
     try:
         return {
             manifest.NAME: files.canonical_json(document),

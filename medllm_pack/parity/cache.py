@@ -87,9 +87,15 @@ class Cache:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Trim the cache, unless another reads it, and let nobody trim it until the block ends."""
-        self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self.place / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        """Trim the cache, unless another reads it, and let nobody trim it until the block ends.
+
+        Raises:
+            WriteError: if there can be none.
+        """
+        elsewhere = "another folder with MEDLLM_CACHE, or --no-cache"
+        with files.translated(self.place, what="the cache", elsewhere=elsewhere):
+            self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(self.place / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             self._trim(lock)
             fcntl.flock(lock, fcntl.LOCK_SH)

@@ -183,6 +183,8 @@ def _climb(folder: Path, entry: dict[str, Any]) -> _Climb:
     name = entry["file"]
     if Path(name).name != name:
         raise SourceError(f"pack.json names the file {shown(name)}, which is not in the pack")
+    if "types" not in entry:
+        raise SourceError("pack.json lacks 'types'; build the pack again")
     return _Climb(entry["quant"], folder / name, entry["sha256"], entry)
 
 
