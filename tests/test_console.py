@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from medllm_pack.cli import console
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -40,3 +43,14 @@ def test_full_disk_behind_standard_output_is_one_line(options: list[str]) -> Non
     lines = done.stderr.decode().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: standard output cannot be written: No space left")
+
+
+def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def greedy() -> None:
+        np.empty(1 << 62, dtype=np.uint8)
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(greedy)
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory ran out")

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+# Linux mostly kills instead; a limit of a shell or a batch system (ulimit -v) is told.
+_NO_MEMORY = (
+    "memory ran out, or a limit on it was met; fewer --threads need less, and `medllm-pack plan` "
+    "says how much a build needs"
+)
+
+
 @dataclass(frozen=True)
 class Output:
     """How results are shown: for people, or as one JSON object.
@@ -162,12 +169,13 @@ def run(command: Callable[[], object]) -> NoReturn:
             signal.signal(name, lambda number, _: sys.exit(128 + number))
     try:
         command()
-    except MedllmError as error:
+    except (MedllmError, MemoryError) as error:
         if os.environ.get("MEDLLM_DEBUG") == "1":
             traceback.print_exception(error)
-        for line in error.lines():
+        told = error if isinstance(error, MedllmError) else MedllmError(_NO_MEMORY)
+        for line in told.lines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(told.exit_code)
     except SystemExit as ended:
         if ended.code == 130:
             print("interrupted; nothing half-written was kept", file=sys.stderr)
