@@ -861,6 +861,21 @@ def test_tensor_that_is_farthest_from_the_limit_of_its_type_is_named_first(
         assert "output.weight" in checks[name].detail
 
 
+@pytest.mark.parametrize("name", ["output.weight", "blk.1.ffn_gate.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scale_that_is_no_number_is_caught_wherever_it_is(
+    name: str, value: float, two: Path, inputs: Sources
+) -> None:
+    """Comparing with NaN is never true: it must not get lost among numbers."""
+    rows = Editor(variant(two, "Q8_0")).data[name]
+    rows[3, :2] = np.array([value], np.float16).view(np.uint8)
+    reseal(two)
+    checks = {c.name: c for c in check(two, inputs).verdicts[0].checks}
+    for which in ("weights.rmse", "weights.cosine", "weights.worst_block"):
+        assert checks[which].passed is False
+        assert checks[which].detail == f"{name} holds values that are no finite numbers"
+
+
 def test_check_that_passes_gives_no_reasons_of_others(q4_k_m: Made, tmp_path: Path) -> None:
     built, inputs = q4_k_m
     pack = Path(shutil.copytree(built, tmp_path / "pack"))

@@ -175,7 +175,8 @@ class _Sums:
             self._wrong += _count_wrong(stored, expected, rows.exact)
         else:
             usual = math.sqrt(float(self._products[1]) / self._n)
-            self._worst = max(self._worst, _worst(stored, expected, self._block, usual))
+            worst = _worst(stored, expected, self._block, usual)
+            self._worst = math.inf if math.isnan(worst) else max(self._worst, worst)
 
     def figures(self, slot: Slot, source: str, *, targeted: bool, allowed: WeightLimits) -> Figures:
         """Return what all rows of the tensor came to."""

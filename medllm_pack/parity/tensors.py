@@ -138,10 +138,10 @@ class _Judge:
         worst = _by_error(coarse)[0]
         check = at_most("weights.rmse", worst.rmse, worst.allowed.rmse, _at(worst))
         yield _with_reasons(check, reasons)
-        worst = max(coarse, key=lambda f: (1 - f.cosine**2) / f.allowed.rmse**2)
+        worst = max(coarse, key=lambda f: _or_most((1 - f.cosine**2) / f.allowed.rmse**2))
         check = at_least("weights.cosine", worst.cosine, _least_cosine(worst), _at(worst))
         yield _with_reasons(check, reasons)
-        worst = max(coarse, key=lambda f: f.worst / f.allowed.worst_block)
+        worst = max(coarse, key=lambda f: _or_most(f.worst / f.allowed.worst_block))
         check = at_most("weights.worst_block", worst.worst, worst.allowed.worst_block, _at(worst))
         yield _with_reasons(check, reasons)
 
@@ -154,6 +154,8 @@ class _Judge:
 
     def _explain(self, seen: Figures) -> str:
         """Say what a wrong tensor is instead."""
+        if not math.isfinite(seen.rmse):
+            return f"{seen.name} holds values that are no finite numbers"
         if seen.cosine == 0.0:
             return f"{seen.name} is all zero"
         if self._look_at(seen.name, permuted=False).right:
@@ -196,7 +198,12 @@ def _merge_problem(seen: Figures) -> str:
 
 def _by_error(found: Sequence[Figures]) -> list[Figures]:
     """Return the tensors with the largest errors, as measured by their limits, first."""
-    return sorted(found, key=lambda f: f.rmse / f.allowed.rmse, reverse=True)
+    return sorted(found, key=lambda f: _or_most(f.rmse / f.allowed.rmse), reverse=True)
+
+
+def _or_most(value: float) -> float:
+    """Return a value to sort by; one that is no number, which Python puts anywhere, as the most."""
+    return math.inf if math.isnan(value) else value
 
 
 def _least_cosine(seen: Figures) -> float:
