@@ -876,6 +876,23 @@ def test_scale_that_is_no_number_is_caught_wherever_it_is(
         assert checks[which].detail == f"{name} holds values that are no finite numbers"
 
 
+def test_one_wrong_row_is_caught_where_a_matrix_excuses_single_weights(
+    tmp_path: Path, inputs: Sources
+) -> None:
+    """A token's row that is nothing, in a file whose weights may each be off by their block."""
+    matrix = write_importance(tmp_path / "m.gguf", importance(pico.LLAMA))
+    base, adapter = Path(inputs.base or ""), Path(inputs.adapter or "")
+    run(tmp_path / "p", quants=["q4_k_m"], base=base, adapter=adapter, imatrix=matrix)
+    assert check(tmp_path / "p", inputs).passed
+    Editor(variant(tmp_path / "p", "Q4_K_M")).data["token_embd.weight"][5] = 0
+    reseal(tmp_path / "p")
+    failed = check(tmp_path / "p", inputs).verdicts[0].failed
+    assert failed is not None
+    assert failed.name == "weights.worst_row"
+    assert failed.detail == "token_embd.weight (Q4_K): a row is off by 1 times what it holds"
+    assert not [part for part in translate(failed.detail, str) if part.foreign]
+
+
 def test_check_that_passes_gives_no_reasons_of_others(q4_k_m: Made, tmp_path: Path) -> None:
     built, inputs = q4_k_m
     pack = Path(shutil.copytree(built, tmp_path / "pack"))

@@ -25,6 +25,10 @@ from medllm_pack.limits import Limits, WeightLimits
 from medllm_pack.parity.wanted import Floats, Rows, Wanted, as_bfloat, widened
 
 EXACT = ("F32", "F16", "BF16")
+# A row that is zero is off by as much as it holds, another token's by 1.4 times that. With an
+# importance matrix single weights may be as far off, rows of three bits and more by 0.6 at most and
+# of Q2_K by 0.5 (docs/log.md); rows of coarser types, by their limit, are not asked.
+MOST_OF_ROW, _KEEPS_ROWS = 0.9, 0.5
 _MOST_LOST = 0.3  # of W, that a quantizer may leave; below it is not there
 
 
@@ -42,6 +46,7 @@ class Figures:
         cosine: between S and E.
         alike: how much S is W with D added in any measure, a multiple correlation.
         worst: largest error of a weight relative to the largest of its block.
+        row: largest error of a row, relative to the row; 0 where the type is exact.
         share: how much of D was added to W; None where the adapter is silent.
         noise: standard error of ``share``.
         allowed: limits of its type.
@@ -56,6 +61,7 @@ class Figures:
     cosine: float
     alike: float
     worst: float
+    row: float
     share: float | None
     noise: float
     allowed: WeightLimits
@@ -70,7 +76,13 @@ class Figures:
         """Whether the tensor is what it should be, as far as its type allows."""
         if self.exact:
             return self.wrong == 0
-        return self.rmse <= self.allowed.rmse and self.worst <= self.allowed.worst_block
+        held = self.rmse <= self.allowed.rmse and self.worst <= self.allowed.worst_block
+        return held and not (self.keeps_rows and self.row > MOST_OF_ROW)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether no sound row of the type is off by nearly as much as it holds."""
+        return self.allowed.rmse < _KEEPS_ROWS
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ class _Sums:
 
     def __init__(self, kind: str) -> None:
         self._kind, self._block = kind, GGML_QUANT_SIZES[_type(kind)][0]
-        self._wrong, self._worst, self._n = 0, 0.0, 0
+        self._wrong, self._worst, self._row, self._n = 0, 0.0, 0.0, 0
         self._products = np.zeros(9)
 
     def add(self, stored: Floats, rows: Rows) -> None:
@@ -175,8 +187,8 @@ class _Sums:
             self._wrong += _count_wrong(stored, expected, rows.exact)
         else:
             usual = math.sqrt(float(self._products[1]) / self._n)
-            worst = _worst(stored, expected, self._block, usual)
-            self._worst = math.inf if math.isnan(worst) else max(self._worst, worst)
+            self._worst = _largest(self._worst, _worst(stored, expected, self._block, usual))
+            self._row = _largest(self._row, _worst_row(stored, expected, usual))
 
     def figures(self, slot: Slot, source: str, *, targeted: bool, allowed: WeightLimits) -> Figures:
         """Return what all rows of the tensor came to."""
@@ -188,6 +200,7 @@ class _Sums:
             cosine=_ratio(se, math.sqrt(ss * ee)) if ss + ee else 1.0,
             alike=alike,
             worst=self._worst,
+            row=self._row,
             share=share if targeted else None,
             noise=_ratio(math.sqrt(xx / self._n), math.sqrt(dd)),
             allowed=allowed,
@@ -212,6 +225,20 @@ def _worst(stored: Floats, expected: Floats, block: int, usual: float) -> float:
     errors = np.abs(stored - expected).reshape(-1, block).max(axis=1)
     sizes = np.abs(expected).reshape(-1, block).max(axis=1)
     return float((errors / np.maximum(sizes, usual or 1.0)).max())
+
+
+def _worst_row(stored: Floats, expected: Floats, usual: float) -> float:
+    """Return the largest error of a row relative to the row, or to a tenth of a usual one."""
+    if stored.ndim < 2:
+        return 0.0
+    x, columns = stored - expected, stored.shape[1]
+    errors = np.sqrt(np.einsum("ij,ij->i", x, x) / columns)
+    sizes = np.sqrt(np.einsum("ij,ij->i", expected, expected) / columns)
+    return float((errors / np.maximum(sizes, usual / 10 or 1.0)).max())
+
+
+def _largest(known: float, found: float) -> float:
+    return math.inf if math.isnan(found) else max(known, found)
 
 
 def _products(stored: Floats, expected: Floats, rows: Rows) -> Floats:
