@@ -442,6 +442,32 @@ def test_adapter_that_does_not_fit_names_the_tensor(
         halves(merged(llama_folder, broken(tmp_path, change)))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    ("key", "value", "passed_over"),
+    [
+        ("target_modules", ["q_proj"], {"0.self_attn.v_proj", "1.self_attn.v_proj"}),
+        ("exclude_modules", ["layers.1.self_attn.v_proj"], {"1.self_attn.v_proj"}),
+        ("layers_to_transform", [0], {"1.self_attn.q_proj", "1.self_attn.v_proj"}),
+    ],
+)
+def test_pair_that_peft_passes_over_by_the_configuration_is_refused(
+    tmp_path: Path, llama_folder: Path, key: str, value: list[Any], passed_over: set[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    adapter = pico.write_adapter(tmp_path / "a", config=pico.adapter_config(**{key: value}))
+    theirs = peft_merged(llama_folder, adapter, "float32")
+    same = {
+        name.removeprefix("model.layers.").removesuffix(".weight")
+        for name, weight in load_file(llama_folder / "model.safetensors").items()
+        if name.endswith(("q_proj.weight", "v_proj.weight")) and weight.float().equal(theirs[name])
+    }
+    assert same == passed_over
+    with pytest.raises(AdapterError, match=f"{min(same)}.* but {key} in adapter_config.json"):
+        merged(llama_folder, adapter)
+
+
 def test_adapter_for_some_layers_only_is_no_hole(tmp_path: Path, llama_folder: Path) -> None:
     tensors = {k: v for k, v in pico.adapter_tensors(pico.LLAMA).items() if "layers.1." in k}
     config = pico.adapter_config(layers_to_transform=[1])

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from medllm_pack.errors import AdapterError, shown
-from medllm_pack.weights.adapter_config import CONFIG, REMEDY
+from medllm_pack.weights.adapter_config import CONFIG, REMEDY, AdapterConfig
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.header import TensorSpec
 from medllm_pack.weights.lora import WEIGHTS, Adapter, kind_of
@@ -111,6 +111,11 @@ def mismatches(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
                 f"adapter tensor {shown(pair.copy.name)} has the shape {pair.copy.shape}, the "
                 f"base's {pair.weight} {spec.shape}; {REMEDY}"
             )
+        elif key := _leaves_out(adapter.config, pair.module):
+            yield (
+                f"adapter module {shown(pair.module)} is in {WEIGHTS}, but {key} in {CONFIG} "
+                "leaves it out, and PEFT would pass over it; the two files do not belong together"
+            )
     yield from _holes(base, adapter)
 
 
@@ -130,6 +135,19 @@ def _holes(base: Checkpoint, adapter: Adapter) -> Iterator[str]:
                 f"the adapter has no tensors for {shown(module)}, though it trains its siblings; "
                 "get the whole adapter again"
             )
+
+
+def _leaves_out(config: AdapterConfig, module: str) -> str | None:
+    """Return the key of a configuration by which PEFT puts no pair on a module.
+
+    As PEFT's check_target_module_exists; patterns are not run.
+    """
+    if not _is(module, config.targets):
+        return "target_modules"
+    if _is(module, config.excluded):
+        return "exclude_modules"
+    whole = module in config.targets or config.layers is None
+    return None if whole or _layer(f"{module}.") in (config.layers or ()) else "layers_to_transform"
 
 
 def _is(module: str, names: tuple[str, ...]) -> bool:
