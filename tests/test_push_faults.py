@@ -15,6 +15,7 @@ import pytest
 
 from medllm_pack.errors import MedllmError, TransferError
 from medllm_pack.publish.push import Options, push
+from medllm_pack.publish.release import Release
 from medllm_pack.publish.transport import Access
 from tests.registries import ACCESS, QUICK, Registry, free_port, needs, release, run_nginx, wait_for
 
@@ -138,15 +139,21 @@ def test_what_a_killed_registry_had_begun_to_write_is_mended(
     assert broken == 2  # the tag of the list, and its manifest
 
 
+def break_off(registry: Registry, folder: Path) -> tuple[Release, Options]:
+    """Begin a push that dies before the third chunk; return what goes on with it."""
+    sent = release(folder / "r", size=SIZE)
+    options = Options(state=folder / "state", chunk=CHUNK, ask_ollama=False)
+    access, _ = stop_before_chunk(3)
+    with pytest.raises(KeyboardInterrupt):
+        push(sent, registry.target(), access=access, options=options)
+    return sent, options
+
+
 @pytest.mark.parametrize("what", ["data", "startedat", "hashstates"])
 def test_an_upload_of_which_a_killed_registry_lost_a_file_ends_well(
     registry: Registry, tmp_path: Path, what: str
 ) -> None:
-    sent = release(tmp_path / "r", size=SIZE)
-    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
-    access, _ = stop_before_chunk(3)
-    with pytest.raises(KeyboardInterrupt):
-        push(sent, registry.target(), access=access, options=options)
+    sent, options = break_off(registry, tmp_path)
     begun = [path for path in files_of(registry) if {"_uploads", what} <= set(path.parts)]
     assert begun
     for path in begun:
@@ -185,11 +192,7 @@ def stop_before_chunk(n: int) -> tuple[Access, list[Striking]]:
 def test_an_upload_goes_on_between_chunks_in_another_run_and_after_a_restart(
     registry: Registry, tmp_path: Path
 ) -> None:
-    sent = release(tmp_path / "r", size=SIZE)
-    options = Options(state=tmp_path / "state", chunk=CHUNK, ask_ollama=False)
-    access, _ = stop_before_chunk(3)
-    with pytest.raises(KeyboardInterrupt):
-        push(sent, registry.target(), access=access, options=options)
+    sent, options = break_off(registry, tmp_path)
     entries = list((tmp_path / "state/uploads").iterdir())
     assert [json.loads(path.read_text())["offset"] for path in entries] == [200_000]
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in entries)

@@ -139,9 +139,8 @@ class Original:
         tensors, result = self.adapter_weights(), {}
         for module, scale in _scales(self.transformers_config(), self.peft_config()):
             a, b = (tensors.pop(f"{module}.lora_{side}.weight").double() for side in "AB")
-            tensors.pop(
-                f"{module}.base_layer.weight", None
-            )  # a copy: the reference computes with it
+            # A copy of the base's, with which the reference computes (reference.py).
+            tensors.pop(f"{module}.base_layer.weight", None)
             result[f"{module}.weight"] = LowRank(a, b, scale)
         if tensors:
             raise MedllmError(f"PEFT has no place for the adapter tensor {shown(min(tensors))}")
