@@ -215,11 +215,11 @@ def _name(kind: int) -> str:
 
 
 def _expected_flags(tokenizer: Tokenizer) -> Iterator[tuple[str, Any]]:
-    yield "tokenizer.ggml.model", "llama"
-    yield "tokenizer.ggml.pre", "default"
-    yield "tokenizer.ggml.add_space_prefix", tokenizer.adds_prefix
-    yield "tokenizer.ggml.add_bos_token", tokenizer.adds_bos
-    yield "tokenizer.ggml.add_eos_token", tokenizer.adds_eos
+    yield f"{_VOCABULARY}model", "llama"
+    yield f"{_VOCABULARY}pre", "default"
+    yield f"{_VOCABULARY}add_space_prefix", tokenizer.adds_prefix
+    yield f"{_VOCABULARY}add_bos_token", tokenizer.adds_bos
+    yield f"{_VOCABULARY}add_eos_token", tokenizer.adds_eos
     for role in ("bos", "eos", "unknown", "padding"):
         id_ = getattr(tokenizer, role)
-        yield f"tokenizer.ggml.{role}_token_id", id_ if id_ >= 0 else None
+        yield f"{_VOCABULARY}{role}_token_id", id_ if id_ >= 0 else None
