@@ -7,8 +7,8 @@ Builds every shipped mix, with and without an importance matrix where both exist
 and of two with random weights (LLaMA-like and Mistral-like), and measures each against the
 reference over four segments of the held-out texts. For every variant and ggml type it prints the
 worst that was seen, the limit, and how many times the worst the limit is. ``--noise N``: blocks are
-also made of N million random weights a type, because the largest error of a block grows with the
-number of blocks, and these models have few.
+also made of N million random weights a type, because the largest error of a block or a row grows
+with their number, and these models have few.
 """
 
 from __future__ import annotations
@@ -215,9 +215,12 @@ def _see_blocks(
     blocks = values.astype(np.float64).reshape(-1, block)
     usual = np.sqrt((blocks**2).mean())
     largest = np.maximum(np.abs(blocks).max(axis=1), usual)
+    rows = (stored.astype(np.float64) - values, values.astype(np.float64))
+    off, held = (np.sqrt((row**2).mean(axis=1)) for row in rows)
     seen = {
         "rmse": float(np.sqrt((errors**2).mean()) / usual),
         _block(weights is not None): float((np.abs(errors).max(axis=1) / largest).max()),
+        "worst_row": float((off / held).max()),
     }
     _see(tensors, kind, seen, "noise" + (", matrix" if weights is not None else ""))
 

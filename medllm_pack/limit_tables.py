@@ -67,6 +67,7 @@ class TensorTable(_Given):
     worst_block_matrix: Lead | None = Field(
         default=None, description="the same in a file that was made with an importance matrix"
     )
+    worst_row: Lead | None = Field(default=None, description="largest error of a row, of the row")
 
 
 class MergeTable(_Given):

@@ -10,7 +10,7 @@ was loosened is told wherever the verdict is. Knows nothing of how anything is m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import MappingProxyType
@@ -40,6 +40,7 @@ class WeightLimits:
 
     rmse: float
     worst_block: float
+    worst_row: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +130,8 @@ class Limits:
         found = (Departure(path, _usual()[_known(path)], self._value(path)) for path in paths)
         return tuple(departure for departure in found if departure.used != departure.shipped)
 
-    def _tensor_paths(self, kind: str) -> tuple[Keys, Keys]:
-        return ("tensors", kind, "rmse"), ("tensors", kind, self._block)
+    def _tensor_paths(self, kind: str) -> Sequence[Keys]:
+        return [("tensors", kind, name) for name in ("rmse", self._block, "worst_row")]
 
     def _value(self, path: Keys) -> float:
         usual = _known(path)

@@ -891,6 +891,13 @@ def test_one_wrong_row_is_caught_where_a_matrix_excuses_single_weights(
     assert failed.name == "weights.worst_row"
     assert failed.detail == "token_embd.weight (Q4_K): a row is off by 1 times what it holds"
     assert not [part for part in translate(failed.detail, str) if part.foreign]
+    manifest = json.loads((tmp_path / "p" / "pack.json").read_text(encoding="utf-8"))
+    manifest["recipe"]["parity"] = {"tensors": {"Q4_K": {"worst_row": 1.1}}}
+    (tmp_path / "p" / "pack.json").write_text(json.dumps(manifest), encoding="utf-8")
+    [verdict] = check(tmp_path / "p", inputs).verdicts
+    [row] = [c for c in verdict.checks if c.name == "weights.worst_row"]
+    assert (row.limit, row.passed) == ("<= 1.1", True)
+    assert [d.path[-1] for d in verdict.departures] == ["worst_row"]
 
 
 def test_check_that_passes_gives_no_reasons_of_others(q4_k_m: Made, tmp_path: Path) -> None:

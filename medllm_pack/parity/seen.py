@@ -25,10 +25,6 @@ from medllm_pack.limits import Limits, WeightLimits
 from medllm_pack.parity.wanted import Floats, Rows, Wanted, as_bfloat, widened
 
 EXACT = ("F32", "F16", "BF16")
-# A row that is zero is off by as much as it holds, another token's by 1.4 times that. With an
-# importance matrix single weights may be as far off, rows of three bits and more by 0.6 at most and
-# of Q2_K by 0.5 (docs/log.md); rows of coarser types, by their limit, are not asked.
-MOST_OF_ROW, _KEEPS_ROWS = 0.9, 0.5
 _MOST_LOST = 0.3  # of W, that a quantizer may leave; below it is not there
 
 
@@ -77,12 +73,7 @@ class Figures:
         if self.exact:
             return self.wrong == 0
         held = self.rmse <= self.allowed.rmse and self.worst <= self.allowed.worst_block
-        return held and not (self.keeps_rows and self.row > MOST_OF_ROW)
-
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether no sound row of the type is off by nearly as much as it holds."""
-        return self.allowed.rmse < _KEEPS_ROWS
+        return held and self.row <= self.allowed.worst_row
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from medllm_pack.limits import Limits
 from medllm_pack.parity.checks import Check, TensorError, at_least, at_most, broken, skipped
 from medllm_pack.parity.original import Original
-from medllm_pack.parity.seen import MOST_OF_ROW, Figures, Stored, look, look_at
+from medllm_pack.parity.seen import Figures, Stored, look, look_at
 from medllm_pack.parity.wanted import Wanted
 from medllm_pack.progress import Reporter
 
@@ -144,10 +144,9 @@ class _Judge:
         worst = max(coarse, key=lambda f: _or_most(f.worst / f.allowed.worst_block))
         check = at_most("weights.worst_block", worst.worst, worst.allowed.worst_block, _at(worst))
         yield _with_reasons(check, reasons)
-        if keeping := [f for f in coarse if f.keeps_rows]:
-            worst = max(keeping, key=lambda f: f.row)
-            check = at_most("weights.worst_row", worst.row, MOST_OF_ROW, _at(worst))
-            yield _with_reasons(check, reasons)
+        worst = max(coarse, key=lambda f: _or_most(f.row / f.allowed.worst_row))
+        check = at_most("weights.worst_row", worst.row, worst.allowed.worst_row, _at(worst))
+        yield _with_reasons(check, reasons)
 
     def _explained(self, wrong: Sequence[Figures]) -> str:
         """Explain the first tensors that are wrong and count the rest."""
@@ -168,7 +167,7 @@ class _Judge:
             return f"{seen.name} holds {other}"
         if seen.exact:
             return f"{seen.name}: {seen.wrong} of {seen.n} values differ"
-        if seen.rmse <= seen.allowed.rmse and seen.keeps_rows and seen.row > MOST_OF_ROW:
+        if seen.rmse <= seen.allowed.rmse and seen.row > seen.allowed.worst_row:
             return f"{seen.name} ({seen.kind}): a row is off by {seen.row:.3g} times what it holds"
         return (f"{seen.name} ({seen.kind}): relative error {seen.rmse:.3g}, "
                 f"worst weight {seen.worst:.3g}")  # fmt: skip
