@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -54,3 +55,17 @@ def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory ran out")
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_the_callers_again_when_the_command_line_returns(name: signal.Signals) -> None:
+    """A test that ran it, or whoever embeds it, could no longer be terminated."""
+    seen = []
+    usual = signal.signal(name, signal.SIG_DFL)  # a test under nohup is to ignore SIGHUP
+    try:
+        with pytest.raises(SystemExit):
+            console.run(lambda: seen.append(signal.getsignal(name)))
+        seen.append(signal.getsignal(name))
+    finally:
+        signal.signal(name, usual)
+    assert seen[0] != seen[1] == signal.SIG_DFL

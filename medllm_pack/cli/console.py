@@ -156,19 +156,32 @@ def _write_json(document: dict[str, Any]) -> None:
     sys.stdout.write(text)
 
 
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let a terminated process clean up like an interrupted one, until the block ends.
+
+    So does one whose terminal is gone, unless it was started to survive that (nohup).
+    """
+    usual = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
+    ours = [name for name, handler in usual.items() if handler != signal.SIG_IGN]
+    try:
+        for name in ours:
+            signal.signal(name, lambda number, _: sys.exit(128 + number))
+        yield
+    finally:
+        for name in ours:
+            signal.signal(name, usual[name])
+
+
 def run(command: Callable[[], object]) -> NoReturn:
     """Run the command line; the one place where an error becomes text and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         # In a locale without UTF-8 a sign that it lacks must not end the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # A terminated process cleans up like an interrupted one, and so does one whose terminal is
-    # gone, unless it was started to survive that (nohup).
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) != signal.SIG_IGN:
-            signal.signal(name, lambda number, _: sys.exit(128 + number))
     try:
-        command()
+        with _ending_on_signals():
+            command()
     except (MedllmError, MemoryError) as error:
         if os.environ.get("MEDLLM_DEBUG") == "1":
             traceback.print_exception(error)
