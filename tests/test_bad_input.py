@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from medllm_pack.cli import console
-from medllm_pack.cli.app import app
+from medllm_pack.cli.commands import app
 from tests import pico
 from tests.test_build import importance, write_importance
 

@@ -273,7 +273,7 @@ def test_folder_that_is_no_pack_is_named(
 def commands() -> dict[str, Any]:
     import typer
 
-    from medllm_pack.cli.app import app
+    from medllm_pack.cli.commands import app
 
     root: Any = typer.main.get_command(app)
     below = root.commands["recipes"].commands

@@ -69,3 +69,31 @@ def test_signals_are_the_callers_again_when_the_command_line_returns(name: signa
     finally:
         signal.signal(name, usual)
     assert seen[0] != seen[1] == signal.SIG_DFL
+
+
+def test_interrupt_while_the_commands_are_imported_is_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from medllm_pack.cli.app import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_interrupt_before_the_command_has_begun_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; nothing half-written was kept\n"

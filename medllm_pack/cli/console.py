@@ -189,8 +189,9 @@ def run(command: Callable[[], object]) -> NoReturn:
         for line in told.lines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(told.exit_code)
-    except SystemExit as ended:
-        if ended.code == 130:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        code = ended.code if isinstance(ended, SystemExit) else 130
+        if code == 130:
             print("interrupted; nothing half-written was kept", file=sys.stderr)
-        raise
+        sys.exit(code)
     sys.exit(0)
