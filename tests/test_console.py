@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,54 @@ def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory ran out")
+
+
+@pytest.mark.parametrize("started", [0, 2, 5])
+def test_thread_that_cannot_be_started_is_one_line_and_leaves_nothing(
+    started: int, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, threading\n"
+        "start, left = threading._start_new_thread, int(sys.argv.pop(1))\n"
+        "def limited(*given):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left < 0:\n"
+        '        raise RuntimeError("can\'t start new thread")\n'  # as a limit is told
+        "    return start(*given)\n"
+        "threading._start_new_thread = limited\n"
+        "from medllm_pack.cli.app import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(started), "build", "tiny", "--out=p", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: no more threads or processes may be started (ulimit -u")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_process_that_cannot_be_started_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def forks() -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(forks)
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no more threads or processes")
+
+
+def test_error_that_nobody_knows_is_left_alone() -> None:
+    """Its traceback is what a report of it needs."""
+
+    def mistaken() -> None:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    with pytest.raises(RuntimeError, match="changed size"):
+        console.run(mistaken)
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGHUP])

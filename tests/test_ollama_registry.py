@@ -294,6 +294,31 @@ def test_a_part_that_the_storage_refuses_is_sent_again_and_alone(tmp_path: Path,
     assert (fake.problems, fake.manifests) == ([], {})
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_thread_that_cannot_be_started_for_a_part_is_told(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        if "(_run)" in self.name:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    fake, sent = FakeOllama(key, redirect="at once"), release(tmp_path / "r", size=3_600_000)
+    options = Options(state=tmp_path / "state", ask_ollama=False)
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            push(
+                sent, RegistryTarget("ollama", fake.host, "ns/model"),
+                access=LOCAL, options=options,
+            )  # fmt: skip
+    finally:
+        fake.close()
+    assert (fake.problems, fake.manifests) == ([], {})
+
+
 def test_what_was_accepted_is_not_published_where_it_cannot_be_told(
     tmp_path: Path, key: str, built_pack: Path
 ) -> None:

@@ -136,3 +136,28 @@ def test_a_chunk_that_hangs_is_not_waited_for_long(
         signal.signal(signal.SIGINT, before)
     assert slow.ranges == ["0-99999", "100000-199999", "100000-199999", "200000-249999"]
     assert registry.check_whole()
+
+
+def test_nothing_goes_on_where_a_thread_cannot_be_started(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        if "(worker)" in self.name:
+            workers.append(self)
+            if len(workers) == 2:
+                raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    options = pushing.Options(state=tmp_path / "state", chunk=100_000, ask_ollama=False)
+    slow = Slow(registry.host)
+    with serving(slow) as host, pytest.raises(RuntimeError, match="start new thread"):
+        pushing.push(
+            release(tmp_path / "r", size=250_000), RegistryTarget("oci", host, "ns/model"),
+            access=ACCESS, options=options,
+        )  # fmt: skip
+    assert not workers[0].is_alive()
+    assert len(slow.ranges) < 2

@@ -6,6 +6,7 @@ standard output holds one JSON object and nothing else. rich is imported when so
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 _NO_MEMORY = (
     "memory ran out, or a limit on it was met; fewer --threads need less, and `medllm-pack plan` "
     "says how much a build needs"
+)
+_NO_THREAD = (
+    "no more threads or processes may be started (ulimit -u, or pids.max of a container); "
+    "raise that limit, or ask for fewer --threads"
 )
 
 
@@ -156,6 +161,18 @@ def _write_json(document: dict[str, Any]) -> None:
     sys.stdout.write(text)
 
 
+def _told(error: Exception) -> MedllmError | None:
+    """Return what the user is told of an error; None if it is a mistake of the program."""
+    match error:
+        case MedllmError():
+            return error
+        case MemoryError():
+            return MedllmError(_NO_MEMORY)
+        case RuntimeError(args=("can't start new thread",)) | BlockingIOError(errno=errno.EAGAIN):
+            return MedllmError(_NO_THREAD)
+    return None
+
+
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
     """Let a terminated process clean up like an interrupted one, until the block ends.
@@ -182,10 +199,12 @@ def run(command: Callable[[], object]) -> NoReturn:
     try:
         with _ending_on_signals():
             command()
-    except (MedllmError, MemoryError) as error:
+    except Exception as error:
+        told = _told(error)
+        if told is None:
+            raise
         if os.environ.get("MEDLLM_DEBUG") == "1":
             traceback.print_exception(error)
-        told = error if isinstance(error, MedllmError) else MedllmError(_NO_MEMORY)
         for line in told.lines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(told.exit_code)

@@ -199,8 +199,8 @@ class _Jobs:
         """Start a job once there is room."""
         self._room.acquire()
         thread = threading.Thread(target=self._run, args=(job,), daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def wait(self) -> None:
         """Wait for all."""

@@ -185,9 +185,9 @@ def _send_blobs(
 
     # Daemons: a second interrupt must end the process while a chunk is under way.
     threads = [threading.Thread(target=worker, daemon=True) for _ in range(_AT_ONCE)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         _listen(advanced, report, threads)
     except BaseException:
         stop.set()
