@@ -139,10 +139,9 @@ class Place:
         )  # fmt: skip
 
     def left_behind(self) -> list[Path]:
-        """Return what is left where the command keeps nothing; torch makes a folder."""
+        """Return what is left where the command keeps nothing."""
         places = [self.folder / name for name in ("temporary", "home", "work")]
-        found = [path for place in places for path in place.rglob("*")]
-        return [path for path in found if path.is_file() or "torchinductor" not in path.name]
+        return [path for place in places for path in place.rglob("*")]
 
     def look(self, said: bytes) -> list[bytes]:
         """Return the traces in all files and in what was said."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,6 +80,8 @@ def parity(
     from medllm_pack.parity.original import Sources, require_extra
 
     require_extra()
+    # torch makes a folder for what it compiles, which is nothing here, on being imported.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", gettempdir())
     from medllm_pack.parity import cache
     from medllm_pack.parity.process import forbid_dumps
     from medllm_pack.parity.run import NOTES, check_pack
