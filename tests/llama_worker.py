@@ -1,6 +1,7 @@
 """llama.cpp in a process of its own: it may abort, and a test must survive that.
 
-``python -m tests.llama_worker COMMAND …`` prints one JSON object on its last line of output.
+``python -m tests.llama_worker COMMAND`` reads its arguments, in JSON, from its input and prints one
+JSON object on its last line of output.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ def call(command: str, **arguments: Any) -> dict[str, Any]:
         "HOME": os.environ.get("HOME", "/"),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "tests.llama_worker", command, json.dumps(arguments)],
-        capture_output=True, text=True, env=environment, timeout=600, check=False,
+        [sys.executable, "-m", "tests.llama_worker", command],
+        input=json.dumps(arguments), capture_output=True, text=True, env=environment,
+        timeout=600, check=False,
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -34,44 +38,56 @@ def call(command: str, **arguments: Any) -> dict[str, Any]:
     return result
 
 
-def quantize(
-    source: Path,
-    target: Path,
-    *,
-    file_type: int = 0,
-    only_copy: bool = False,
-    imatrix: dict[str, list[float]] | None = None,
-    threads: int = 2,
-) -> None:
-    """Run llama_model_quantize."""
-    result = call(
-        "quantize", source=str(source), target=str(target), file_type=file_type,
-        only_copy=only_copy, imatrix=imatrix or {}, threads=threads,
-    )  # fmt: skip
-    if result["rc"] != 0:
+@dataclass(frozen=True)
+class Job:
+    """A file that llama_model_quantize shall make of another."""
+
+    source: Path
+    target: Path
+    file_type: int = 0
+    only_copy: bool = False
+    imatrix: dict[str, list[float]] = field(default_factory=dict)
+
+
+def quantize(jobs: Iterable[Job], *, packs: Sequence[dict[str, Any]] = ()) -> None:
+    """Run llama_model_quantize for every job in one process, after building packs of ours in it."""
+    wanted = [asdict(job) | {"source": str(job.source), "target": str(job.target)} for job in jobs]
+    result = call("quantize", jobs=wanted, packs=packs)
+    if any(result["rc"]):
         raise RuntimeError(f"llama_model_quantize returned {result['rc']}")
 
 
 def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
+    if arguments["packs"]:
+        from tests.test_build import run
+
+        for pack in arguments["packs"]:
+            merged, imatrix = Path(pack["merged"]), Path(pack["imatrix"])
+            run(Path(pack["out"]), quants=pack["quants"], merged=merged, imatrix=imatrix)
+    return {"rc": [_quantize_one(job) for job in arguments["jobs"]]}
+
+
+def _quantize_one(job: dict[str, Any]) -> int:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = arguments["threads"]
-    params.ftype = arguments["file_type"]
-    params.only_copy = arguments["only_copy"]
+    params.nthread = 2
+    params.ftype = job["file_type"]
+    params.only_copy = job["only_copy"]
     keep: list[Any] = []
-    if arguments["imatrix"]:
-        entries = (llama_cpp.llama_model_imatrix_data * (len(arguments["imatrix"]) + 1))()
-        for entry, (name, values) in zip(entries, arguments["imatrix"].items(), strict=False):
+    if job["imatrix"]:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(job["imatrix"]) + 1))()
+        for entry, (name, values) in zip(entries, job["imatrix"].items(), strict=False):
             data = (ctypes.c_float * len(values))(*values)
             keep.append(data)
             entry.name, entry.data, entry.size = name.encode(), data, len(values)
         keep.append(entries)
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    rc = llama_cpp.llama_model_quantize(
-        arguments["source"].encode(), arguments["target"].encode(), ctypes.byref(params)
+    return int(
+        llama_cpp.llama_model_quantize(
+            job["source"].encode(), job["target"].encode(), ctypes.byref(params)
+        )
     )
-    return {"rc": int(rc)}
 
 
 def _generate(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +106,14 @@ def _tokenize(arguments: dict[str, Any]) -> dict[str, Any]:
 def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
-    with Model(Path(arguments["model"])) as model:
-        scores = model.logits(arguments["ids"])
-    np.save(arguments["target"], scores)
-    return {"shape": list(scores.shape)}
+    with Model(Path(arguments["model"]), threads=1) as model:
+        for ids, target in zip(arguments["texts"], arguments["targets"], strict=True):
+            np.save(target, model.logits(ids))
+    return {}
 
 
 if __name__ == "__main__":
     commands = {
         "quantize": _quantize, "generate": _generate, "tokenize": _tokenize, "logits": _logits,
     }  # fmt: skip
-    print("\n" + json.dumps(commands[sys.argv[1]](json.loads(sys.argv[2]))))
+    print("\n" + json.dumps(commands[sys.argv[1]](json.load(sys.stdin))))

@@ -32,6 +32,7 @@ from medllm_pack.quant import kernels
 from medllm_pack.quant.mixes import load_mix, mix_names
 from medllm_pack.recipe import load_recipe
 from tests import llama_worker, pico
+from tests.llama_worker import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sixteen blocks reach every branch of the mixes (n_layer/16 is the finest).
@@ -96,47 +97,67 @@ def deep(
     return folder / "pack"
 
 
-@pytest.mark.parametrize("name", [name for name in FREE if name != "F16"])
-def test_variant_is_byte_for_byte_what_llama_quantize_makes(
-    deep: Path, tmp_path: Path, name: str
-) -> None:
-    theirs = tmp_path / "theirs.gguf"
-    llama_worker.quantize(variant(deep, "F16"), theirs, file_type=load_mix(name).file_type)
-    assert hashlib.sha256(theirs.read_bytes()).digest() == (
-        hashlib.sha256(variant(deep, name).read_bytes()).digest()
+def test_variants_are_byte_for_byte_what_llama_quantize_makes(deep: Path, tmp_path: Path) -> None:
+    f16, names = variant(deep, "F16"), [name for name in FREE if name != "F16"]
+    llama_worker.quantize(
+        Job(f16, tmp_path / name, file_type=load_mix(name).file_type) for name in names
     )
+    assert [name for name in names if not same(tmp_path / name, variant(deep, name))] == []
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_file_is_a_fixed_point_of_llama_cpps_copy(deep: Path, tmp_path: Path, name: str) -> None:
+def test_files_are_fixed_points_of_llama_cpps_copy(deep: Path, tmp_path: Path) -> None:
     """`ollama create` copies every GGUF like this: the digest must survive."""
-    llama_worker.quantize(variant(deep, name), tmp_path / "copy.gguf", only_copy=True)
-    assert (tmp_path / "copy.gguf").read_bytes() == variant(deep, name).read_bytes()
+    llama_worker.quantize(
+        Job(variant(deep, name), tmp_path / name, only_copy=True) for name in FREE
+    )
+    assert [name for name in FREE if not same(tmp_path / name, variant(deep, name))] == []
 
 
-@pytest.mark.parametrize(
-    ("shape", "names"),
-    [
-        (pico.LLAMA, [*sorted(NEEDS_IMPORTANCE), "Q4_K_M", "Q4_0", "Q5_0", "IQ3_M", "IQ4_NL"]),
-        (pico.MISTRAL, ["IQ3_XXS", "IQ1_S", "Q2_K_S", "Q4_K_M", "Q6_K", "IQ4_XS"]),
-    ],
-    ids=["llama", "mistral"],
-)
-def test_variants_with_importance_are_llama_quantizes(
-    tmp_path: Path, tokenizer: bytes, shape: pico.Pico, names: list[str]
-) -> None:
-    base = pico.write_model(tmp_path / "base", shape, tokenizer=tokenizer)
-    weights = importance(shape)
-    path = write_importance(tmp_path / "x.imatrix.gguf", weights)
-    run(tmp_path / "pack", quants=["F16", *names], merged=base, imatrix=path)
-    for name in names:
-        llama_worker.quantize(
-            variant(tmp_path / "pack", "F16"), tmp_path / "theirs.gguf",
-            file_type=load_mix(name).file_type,
-            imatrix={key: values.tolist() for key, values in weights.items()},
-        )  # fmt: skip
-        ours = variant(tmp_path / "pack", name).read_bytes()
-        assert (tmp_path / "theirs.gguf").read_bytes() == ours, name
+def same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_every_variant_loads_and_generates_in_llama_cpp(deep: Path) -> None:
+    models = [str(variant(deep, name)) for name in FREE]
+    texts = llama_worker.call("generate", models=models, prompts=["Paciente"], tokens=4)
+    assert list(texts) == models
+    assert all(text for [text] in texts.values())
+
+
+def test_variants_with_importance_are_llama_quantizes(tmp_path: Path, tokenizer: bytes) -> None:
+    """In one process, ours and theirs: libggml prepares tables, for up to 12 s a type."""
+    wanted = {
+        "llama": (
+            pico.LLAMA,
+            [*sorted(NEEDS_IMPORTANCE), "Q4_K_M", "Q4_0", "Q5_0", "IQ3_M", "IQ4_NL"],
+        ),
+        "mistral": (
+            pico.MISTRAL, ["IQ3_XXS", "IQ1_S", "Q2_K_S", "Q4_K_M", "Q6_K", "IQ4_XS"],
+        ),
+    }  # fmt: skip
+    packs, jobs = [], []
+    for place, (shape, names) in wanted.items():
+        folder = tmp_path / place
+        weights = importance(shape)
+        packs.append({
+            "out": str(folder / "pack"), "quants": ["F16", *names],
+            "merged": str(pico.write_model(folder / "base", shape, tokenizer=tokenizer)),
+            "imatrix": str(write_importance(folder / "x.imatrix.gguf", weights)),
+        })  # fmt: skip
+        f16, matrix = variant(folder / "pack", "F16"), as_lists(weights)
+        jobs += [
+            Job(f16, folder / name, file_type=load_mix(name).file_type, imatrix=matrix)
+            for name in names
+        ]
+    llama_worker.quantize(jobs, packs=packs)
+    for place, (_, names) in wanted.items():
+        for name in names:
+            ours = variant(tmp_path / place / "pack", name)
+            assert same(tmp_path / place / name, ours), (place, name)
+
+
+def as_lists(weights: dict[str, Any]) -> dict[str, list[float]]:
+    return {key: values.tolist() for key, values in weights.items()}
 
 
 def importance(shape: pico.Pico) -> dict[str, Any]:
@@ -442,8 +463,9 @@ def test_llama_cpp_computes_what_transformers_and_peft_compute(
     run(tmp_path / "p", quants=["f32"], base=base, adapter=adapter)
     ids = [1, *range(260, 300)]
     llama_worker.call(
-        "logits", model=str(variant(tmp_path / "p", "F32")), ids=ids, target=str(tmp_path / "x.npy")
-    )
+        "logits", model=str(variant(tmp_path / "p", "F32")), texts=[ids],
+        targets=[str(tmp_path / "x.npy")],
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(model, str(adapter))(torch.tensor([ids])).logits[0]
@@ -463,7 +485,7 @@ def test_tied_embeddings_are_packed_without_a_head(tmp_path: Path, tokenizer: by
     assert names["token_embd.weight"] == "Q6_K"
     assert any("tied" in notice for notice in built.manifest["notices"])
     theirs = tmp_path / "theirs.gguf"
-    llama_worker.quantize(variant(tmp_path / "p", "F16"), theirs, file_type=15)
+    llama_worker.quantize([Job(variant(tmp_path / "p", "F16"), theirs, file_type=15)])
     assert theirs.read_bytes() == variant(tmp_path / "p", "Q4_K_M").read_bytes()
 
 
@@ -549,12 +571,10 @@ def test_scale_that_is_not_finite_is_refused_where_llama_quantize_refuses(
     with pytest.raises(MedllmError, match=rf"blk.1.ffn_up.weight has a scale in {quant} that is"):
         run(tmp_path / "pack", quants=["F16", quant], merged=base, imatrix=path)
     assert not (tmp_path / "pack").exists()
+    f16, mix = variant(tmp_path / "f16", "F16"), load_mix(quant)
+    job = Job(f16, tmp_path / "theirs.gguf", file_type=mix.file_type, imatrix=as_lists(weights))
     with pytest.raises(RuntimeError, match="quantize"):
-        llama_worker.quantize(
-            variant(tmp_path / "f16", "F16"), tmp_path / "theirs.gguf",
-            file_type=load_mix(quant).file_type,
-            imatrix={key: values.tolist() for key, values in weights.items()},
-        )  # fmt: skip
+        llama_worker.quantize([job])
 
 
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -587,13 +607,6 @@ def peak_of_build(folder: Path, work: Path) -> int:
         cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return int(done.stdout.splitlines()[-1]) * 1024
-
-
-def test_every_variant_loads_and_generates_in_llama_cpp(deep: Path) -> None:
-    models = [str(variant(deep, name)) for name in FREE]
-    texts = llama_worker.call("generate", models=models, prompts=["Paciente"], tokens=4)
-    assert list(texts) == models
-    assert all(text for [text] in texts.values())
 
 
 def test_output_that_is_not_complete_has_no_digest(tmp_path: Path) -> None:

@@ -59,11 +59,11 @@ def loss(model: Path, folder: Path) -> float:
     held_out = resources.folder("examples/tiny/texts") / "clinico_teste.txt"
     notes = held_out.read_text(encoding="utf-8").split("\n\n")[:6]
     ids = llama_worker.call("tokenize", model=str(model), texts=notes)["ids"]
+    ids = [note[:256] for note in ids]
+    targets = [str(folder / f"{number}.npy") for number in range(len(ids))]
+    llama_worker.call("logits", model=str(model), texts=ids, targets=targets)
     losses = []
-    for number, note in enumerate(ids):
-        note = note[:256]
-        target = folder / f"{number}.npy"
-        llama_worker.call("logits", model=str(model), ids=note, target=str(target))
+    for note, target in zip(ids, targets, strict=True):
         scores = np.load(target).astype(np.float64)[:-1]
         top = scores.max(axis=1)
         normal = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
