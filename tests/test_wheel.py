@@ -29,8 +29,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(site: Path, *arguments: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+def run(site: Path, *arguments: str, cwd: Path, **more: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"} | more
     done = subprocess.run(
         [sys.executable, "-P", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -52,10 +52,22 @@ def test_recipes_mixes_and_styles_are_inside(site: Path, tmp_path: Path) -> None
 
 
 def test_tiny_builds_from_the_wheel_alone(site: Path, tmp_path: Path) -> None:
-    out = run(site, "-m", "medllm_pack", "build", "tiny", "--json", cwd=tmp_path)
+    build = ["-m", "medllm_pack", "build", "tiny", "--json"]
+    out = run(site, *build, cwd=tmp_path, MEDLLM_KERNELS="ggml")  # the others compile for 10 s
     pack = json.loads(out)["pack"]
     assert [v["quant"] for v in pack["variants"]] == ["f16", "q8_0", "q4_k_m"]
     assert pack["adapter"]["tensors"] == 64
     assert pack["deviations"] == []
     assert pack["license"]["missing"] == []
     assert (tmp_path / "dist" / "tiny" / "Modelfile.q4_k_m").exists()
+
+
+def test_kernel_compiles_from_the_wheel_alone(site: Path, tmp_path: Path) -> None:
+    code = (
+        "import numpy as np; from medllm_pack.quant import kernels\n"
+        "print(len(kernels.quantize(np.ones((1, 64), np.float32), 'Q4_0').tobytes()))\n"
+        "print(kernels._kernel('Q4_0', False).stats.cache_misses)"
+    )
+    size, compiled = run(site, "-c", code, cwd=tmp_path).splitlines()
+    assert size == "36"
+    assert compiled != "{}"
