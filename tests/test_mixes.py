@@ -95,10 +95,10 @@ SKETCHES = (
     *(
         Sketch(ModelShape(n_layer, *heads, tied))
         for n_layer, heads, tied in product(
-            (2, 8, 16, 32, 40, 80), ((32, 32), (32, 8), (64, 8), (8, 4)), (False, True)
+            (2, 8, 32, 80), ((32, 32), (32, 8), (64, 8), (8, 4)), (False, True)
         )
     ),
-    *(Sketch(ModelShape(n_layer, 32, 8, False)) for n_layer in (1, 13, 22, 79, 81)),
+    *(Sketch(ModelShape(n_layer, 32, 8, False)) for n_layer in (1, 13, 16, 22, 40, 79, 81)),
     # Rows that 256 does not divide, and such that 32 does not divide either.
     *(
         Sketch(ModelShape(8, 32, 8, tied), *widths)
