@@ -9,43 +9,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-_GROUPS = Path("/proc/self/cgroup")
-_ROOT = Path("/sys/fs/cgroup")
+from medllm_pack.groups import Group, above
 
 
-def usable(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
+def usable(groups: Iterable[Group] | None = None) -> int:
     """Return the number of processors, limited by the quotas of the control groups, rounded up.
 
     Args:
-        groups: what the kernel says of the process's groups.
-        root: where the groups lie.
+        groups: those of this process if None.
     """
     allowed = len(os.sched_getaffinity(0))
-    return max(1, min([allowed, *(math.ceil(share) for share in _shares(groups, root))]))
+    shares = _shares(above("cpu") if groups is None else groups)
+    return max(1, min([allowed, *(math.ceil(share) for share in shares)]))
 
 
-def _shares(groups: Path, root: Path) -> Iterator[float]:
-    """Yield the quota of every group above the process, in processors; nothing without one."""
-    for line in _text(groups).splitlines():
-        _, controllers, place = line.split(":", 2)
-        # Version 2 has one hierarchy, without controllers' names; version 1 one for each.
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "cpu" if controllers else root
-        # A container sees its own group as the top, at times under the path of the machine.
-        for folder in (top / place.strip("/"), *(top / place.strip("/")).parents):
-            if folder.is_relative_to(top):
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-                quota = " ".join(_text(folder / name) for name in names).split()
-                if len(quota) == 2 and quota[0] not in ("max", "-1"):
-                    yield int(quota[0]) / int(quota[1])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+def _shares(groups: Iterable[Group]) -> Iterator[float]:
+    """Yield the quota of every group, in processors; nothing for one without."""
+    for group in groups:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if group.version == 1 else ("cpu.max",)
+        quota = " ".join(map(group.read, names)).split()
+        if len(quota) == 2 and quota[0] not in ("max", "-1"):
+            yield int(quota[0]) / int(quota[1])

@@ -7,21 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from medllm_pack.groups import above
 from medllm_pack.processors import usable
+from tests.groups import written
 
 
 @pytest.fixture(autouse=True)
 def _many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-
-
-def place(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Path]:
-    """Write what the kernel says of the groups, and the groups."""
-    (folder / "groups").write_text(groups)
-    for name, text in files.items():
-        (folder / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "root" / name).write_text(text)
-    return folder / "groups", folder / "root"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +50,8 @@ def place(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Path]
 def test_a_quota_is_a_number_of_processors(
     tmp_path: Path, groups: str, files: dict[str, str], expected: int
 ) -> None:
-    assert usable(*place(tmp_path, groups, files)) == expected
+    assert usable(written(tmp_path, "cpu", groups, files)) == expected
 
 
 def test_without_control_groups_the_list_of_processors_counts(tmp_path: Path) -> None:
-    assert usable(tmp_path / "none", tmp_path / "neither") == 64
+    assert usable(above("cpu", groups=tmp_path / "none", root=tmp_path / "neither")) == 64
