@@ -23,6 +23,17 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(ahead.each(work, range(20), workers=3, name="test")) == [n * n for n in range(20)]
 
 
+def test_an_item_that_takes_long_holds_nobody_up() -> None:
+    gate = threading.Event()
+
+    def work(n: int) -> bool:
+        if n == 7:
+            gate.set()
+        return n > 0 or gate.wait(5)
+
+    assert all(ahead.each(work, range(20), workers=2, name="test"))
+
+
 def test_only_a_few_items_are_taken_ahead() -> None:
     taken: list[int] = []
 

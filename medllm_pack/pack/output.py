@@ -1,15 +1,15 @@
 """A GGUF file being filled: of its full size at once, written by any thread, digested behind.
 
 Blocks arrive in any order and begin anywhere; the disk is given whole pages, past the page cache.
-The whole pages of a block are written at once; a page that two blocks share waits for the second.
+The whole pages of a block are written at once; a page that two blocks share is written with the
+second. Each write waits until the system gives its thread a processor again, so there are few.
 A SHA-256 needs the bytes in the order of the file: a thread of its own follows the part that is
 complete from the start and digests it while later blocks are still being made, so that it costs no
-pass of its own. A block whose turn comes soon is digested from memory, where the last few are kept.
-One whose turn comes much later is read back: layers lie in the order of names in an input, so that
-is about half of a 7B's outputs (docs/log.md).
+pass of its own. A block whose turn comes soon is digested from memory, and who writes faster than
+that waits for it. One whose turn comes much later is read back; order.py keeps these few.
 
-Memory: the blocks that wait for their turn, at most :data:`KEPT_BYTES` a file; two buffers a file,
-one window a thread, and a page where two tensors meet.
+Memory: the blocks that wait for their turn, :data:`KEPT_BYTES` a file and one block a thread; two
+buffers a file, one window a thread, and a page where two tensors meet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from medllm_pack.gguf.layout import Layout
 _CHUNK = 4 << 20  # read back at once, while the one before is digested
 _RUN = 64 << 20  # read back before looking whether to stop
 KEPT_BYTES = 16 << 20  # kept in memory until digested: four blocks of F16
-_WINDOW = 1 << 20  # copied and written at once; stays in a core's cache
+_STRIP = 1 << 20  # copied at once
+_WINDOW = (4 << 20) + 2 * PAGE  # written at once: a block in F16 with the pages it completes
 
 
 class Output:
@@ -93,12 +94,13 @@ class Output:
         first, last = page_ceil(offset), page_floor(end)
         if first >= last:  # no whole page; at most one boundary inside
             cut = min(first, end) - offset
-            self._put_part(offset, data[:cut])
-            self._put_part(offset + cut, data[cut:])
+            for start, part in ((offset, data[:cut]), (offset + cut, data[cut:])):
+                self._put_pages(page_floor(start), self._with(start, part))
             return
-        self._put_part(offset, data[: first - offset])
-        self._put_pages(first, data[first - offset : last - offset])
-        self._put_part(last, data[last - offset :])
+        before = self._with(offset, data[: first - offset])
+        after = self._with(last, data[last - offset :])
+        inside = data[first - offset : last - offset]
+        self._put_pages(first - PAGE * len(before), [*before, inside, *after])
 
     def finish(self) -> str:
         """Wait until all is digested and on the disk; return the SHA-256.
@@ -121,33 +123,47 @@ class Output:
         """Stop the digest and close the file, finished or not."""
         with self._changed:
             self._stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._follower.is_alive():
             self._follower.join()
         self._digest.close()
         os.close(self._fd)
 
-    def _put_part(self, offset: int, part: NDArray[np.uint8]) -> None:
-        """Put bytes into the one page they lie in, and write that once it is complete."""
-        if part.size:
-            with self._changed:
-                page = self._shared.add(offset, part)
-            if page is not None:
-                self._put_pages(page_floor(offset), page)
-
-    def _put_pages(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Write whole pages, through memory that begins at a page."""
-        window = self._window.memory
-        for position in range(0, data.size, _WINDOW):
-            part = data[position : position + _WINDOW]
-            window[: part.size] = part
-            view, offset = window[: part.size].data, start + position
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
+    def _with(self, offset: int, part: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Put bytes into the one page they lie in; return the page if that completes it."""
+        if not part.size:
+            return []
         with self._changed:
-            self._pieces.add(start, data)
-            self._changed.notify()
+            page = self._shared.add(offset, part)
+        return [] if page is None else [page]
+
+    def _put_pages(self, start: int, parts: list[NDArray[np.uint8]]) -> None:
+        """Write whole pages that follow each other, through memory that begins at a page."""
+        window, filled, offset = self._window.memory, 0, start
+        for part in parts:
+            for position in range(0, part.size, _STRIP):
+                strip = part[position : position + _STRIP]
+                if filled + strip.size > window.size:
+                    offset, filled = self._write_out(offset, window[:filled]), 0
+                window[filled : filled + strip.size] = strip
+                filled += strip.size
+        self._write_out(offset, window[:filled])
+        with self._changed:
+            for part in parts:
+                self._pieces.add(start, part)
+                start += part.size
+            self._changed.notify_all()
+            # Who is too fast waits for the digest, as long as it goes on without the disk.
+            while not self._stopped and self._error is None and self._pieces.too_many():
+                self._changed.wait()
+
+    def _write_out(self, offset: int, pages: NDArray[np.uint8]) -> int:
+        """Write from an offset of the file on; return where that ends."""
+        view = pages.data
+        while view:
+            n = os.pwrite(self._fd, view, offset)
+            view, offset = view[n:], offset + n
+        return offset
 
     def _follow(self) -> None:
         try:
@@ -158,13 +174,16 @@ class Output:
                 else:
                     self._digest.update(piece.data[: self.layout.size - piece.start].data)
         except Exception as error:  # whatever it is, there is no digest; who writes raises it
-            self._error = error
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
     def _next(self) -> _Piece | None:
         """Return the next piece once it is there; None at the end of the file, or if stopped."""
         with self._changed:
             while not self._stopped and self._pieces.taken < self.layout.size:
                 if (piece := self._pieces.take()) is not None:
+                    self._changed.notify_all()
                     return piece
                 self._changed.wait()
             return None
@@ -232,14 +251,18 @@ class _Pieces:
         self._kept_bytes = 0
 
     def add(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Note a piece; forget the bytes of those furthest ahead if they get too many."""
+        """Note a piece; forget those furthest ahead if they get too many and no digest follows."""
         if start < self.taken or start in self._ends:
             raise AssertionError(f"bytes {start} to {start + data.size} are written twice")
         self._ends[start] = start + data.size
         self._kept[start] = data
         self._kept_bytes += data.size
-        while self._kept_bytes > KEPT_BYTES:
+        while self._kept_bytes > KEPT_BYTES and not self.too_many():
             self._forget(max(self._kept))
+
+    def too_many(self) -> bool:
+        """Say whether more is kept than should be, and the next to be digested is among it."""
+        return self._kept_bytes > KEPT_BYTES and self.taken in self._kept
 
     def take(self) -> _Piece | None:
         """Return the next piece in the order of the file, or None if it is not there yet."""
