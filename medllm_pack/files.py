@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,20 +55,37 @@ class DigestBehind:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
         self._behind = behind
         self._pending: deque[Future[None]] = deque()
+        self._closed = False
 
     def update(self, data: memoryview) -> None:
         """Give the next bytes; they must stay as they are until ``behind`` more calls."""
         self._wait(self._behind - 1)
         self._pending.append(self._thread.submit(self._digest.update, data))
 
+    def update_from(self, pieces: Iterable[memoryview]) -> None:
+        """Let the thread fetch the next bytes itself; each piece is digested before the next."""
+        self._wait(self._behind - 1)
+        self._pending.append(self._thread.submit(self._take, pieces))
+
     def hexdigest(self) -> str:
-        """Return the digest of everything given."""
+        """Return the digest of everything given.
+
+        Raises:
+            Exception: what fetching raised.
+        """
         self._wait(0)
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
+        """End the thread; what it has not digested by then is left out."""
+        self._closed = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def _take(self, pieces: Iterable[memoryview]) -> None:
+        for piece in pieces:
+            if self._closed:
+                return
+            self._digest.update(piece)
 
     def _wait(self, most: int) -> None:
         while len(self._pending) > most:
@@ -127,19 +144,6 @@ def disk_free(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def memory_available() -> int:
-    """Return the bytes of memory that programs and page cache may still take.
-
-    Where the system does not say, a number that nothing reaches.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemAvailable"].split()[0]) * 1024
 
 
 @contextmanager

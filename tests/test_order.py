@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -31,15 +32,16 @@ def names_of(shape: Shape) -> dict[str, str]:
     return {tensor.source: tensor.name for tensor in llama.tensors(config)}
 
 
-def outputs_of(shape: Shape) -> Layout:
+def outputs_of(shape: Shape, bits: float = 16) -> list[Layout]:
     """Return a layout in llama.cpp's order: what is outside of blocks, then blocks by number."""
+    sizes = {names_of(shape)[spec.name]: spec.nbytes for spec in specs_of(shape, ALL)}
 
     def place(name: str) -> tuple[int, str]:
         parts = name.split(".")
         return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
-    names = sorted(names_of(shape).values(), key=place)
-    return Layout(b"", tuple(Slot(name, (1,), "F16", 0, 2) for name in names), 0)
+    slots = (Slot(n, (1,), "F16", 0, int(sizes[n] * bits / 16)) for n in sorted(sizes, key=place))
+    return [Layout(b"", tuple(slots), 0)]
 
 
 def waiting(order: list[TensorSpec]) -> int:
@@ -63,15 +65,15 @@ def waiting(order: list[TensorSpec]) -> int:
 def test_every_tensor_comes_once_and_little_waits(name: str, most: int) -> None:
     shape = SHAPES[name]
     specs = list(specs_of(shape, most))
-    order = list(reading_order(specs, names_of(shape), outputs_of(shape), room=ROOM))
+    order = list(reading_order(specs, names_of(shape), outputs_of(shape), room=ROOM, cache=0))
     assert sorted(order, key=lambda spec: spec.name) == sorted(specs, key=lambda spec: spec.name)
     assert waiting(order) <= ROOM
 
 
 def test_a_7b_as_it_is_published_is_read_as_its_outputs_lie() -> None:
     shape = SHAPES["7b"]
-    names, layout = names_of(shape), outputs_of(shape)
-    order = list(reading_order(specs_of(shape, 10**10), names, layout, room=ROOM))
+    names, layouts = names_of(shape), outputs_of(shape)
+    order = list(reading_order(specs_of(shape, 10**10), names, layouts, room=ROOM, cache=0))
     found = [names[spec.name] for spec in order if len(spec.shape) > 1]
     assert found[:9] == [
         "output.weight", "token_embd.weight", "blk.0.attn_k.weight", "blk.0.attn_output.weight",
@@ -85,10 +87,49 @@ def test_a_7b_as_it_is_published_is_read_as_its_outputs_lie() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("most", "cache"), [(10**10, 34 * 10**8), (ALL, 4 * 10**9)])
+def test_where_the_page_cache_has_room_outputs_are_filled_from_start_to_end(
+    most: int, cache: int
+) -> None:
+    shape = SHAPES["7b"]
+    names, layouts = names_of(shape), outputs_of(shape)
+    specs = list(specs_of(shape, most))
+    order = list(reading_order(specs, names, layouts, room=ROOM, cache=cache))
+    assert [names[spec.name] for spec in order] == [slot.name for slot in layouts[0].slots]
+    assert ROOM < waiting(order) <= cache
+    less = reading_order(specs, names, layouts, room=ROOM, cache=waiting(order) // 2)
+    assert waiting(list(less)) <= ROOM
+
+
+def test_few_bytes_are_rather_read_back_than_kept_in_the_page_cache() -> None:
+    """Layers 10 to 23 of a 7B: 3.2 GB of an input wait, or 1.6 of a small output are read back."""
+    shape = SHAPES["7b"]
+    specs, names, small = list(specs_of(shape, 10**10)), names_of(shape), outputs_of(shape, 4.8)
+    one = reading_order(specs, names, small, room=ROOM, cache=ALL)
+    assert waiting(list(one)) <= ROOM
+    three = reading_order(specs, names, small * 3, room=ROOM, cache=ALL)
+    assert [names[spec.name] for spec in three] == [slot.name for slot in small[0].slots]
+
+
+def test_files_share_the_page_cache() -> None:
+    """Two files that both begin with a layer whose turn is late: there is room for one of them."""
+    shape = Shape(24, 2048, 5632, 32, 32, vocab=2000)
+    names, layouts = names_of(shape), outputs_of(shape)
+    specs = []
+    for spec in specs_of(shape, ALL):
+        even = "layers" in spec.name and int(spec.name.split(".")[2]) % 2 == 0
+        specs.append(replace(spec, file=f"{even:d}"))
+    specs.sort(key=lambda spec: (spec.file, spec.offset))
+    both = list(reading_order(specs, names, layouts, room=0, cache=ALL))
+    one = list(reading_order(specs, names, layouts, room=0, cache=waiting(both) - 1))
+    assert 0 < waiting(one) < waiting(both)
+
+
 def test_without_room_a_file_is_read_as_it_lies() -> None:
     shape = SHAPES["7b"]
     specs = list(specs_of(shape, ALL))
-    assert list(reading_order(specs, names_of(shape), outputs_of(shape), room=100 << 20)) == specs
+    order = reading_order(specs, names_of(shape), outputs_of(shape), room=100 << 20, cache=0)
+    assert list(order) == specs
 
 
 def test_files_take_turns_and_what_no_output_holds_comes_at_once() -> None:
@@ -98,8 +139,8 @@ def test_files_take_turns_and_what_no_output_holds_comes_at_once() -> None:
         file = sum(map(int, spec.name.split(".")[2:3])) % 2 if "layers" in spec.name else 0
         specs.append(TensorSpec(spec.name, "F16", spec.shape, f"{file}", 1000 + number * 10**6))
     specs.sort(key=lambda spec: (spec.file, spec.offset))
-    names, layout = names_of(shape), outputs_of(shape)
-    order = list(reading_order(specs, names, layout, room=ROOM))
+    names, layouts = names_of(shape), outputs_of(shape)
+    order = list(reading_order(specs, names, layouts, room=0, cache=0))
     assert {spec.name for spec in order[:2]} == {"0.rotary", "1.rotary"}
     blocks = [names[s.name].split(".")[1] for s in order[2:] if "layers" in s.name]
     assert list(dict.fromkeys(blocks))[:3] == ["0", "1", "10"]

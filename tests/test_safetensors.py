@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from medllm_pack.errors import CheckpointError, SourceError
 from medllm_pack.weights import safetensors
@@ -110,9 +110,60 @@ def test_what_finds_no_room_to_wait_is_read_again_for_the_digest(
     assert file.digest() == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_what_is_far_from_its_turn_waits_in_the_page_cache(
+    tmp_path: Path, bypass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk gives it once, the process keeps none of it, and nothing is left for the end."""
+    monkeypatch.setattr(safetensors, "_NEAR", 100_000)
+    monkeypatch.setattr(safetensors, "_SMALL", 0)
+    tensors = {f"{i}": np.full((512, 1024), i, dtype=np.float16) for i in range(8)}
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+        os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = TensorFile(path)
+    if bypass:
+        file.bypass_page_cache()
+    before = _counted("read_bytes")
+    for spec in (*file.tensors[3:], *file.tensors[:3]):
+        for start in range(0, spec.rows, 64):
+            data = file.read(spec, start, start + 64).data
+            at = spec.offset + start * spec.row_bytes
+            assert data.tobytes() == content[at : at + data.size]
+        assert file._waiting_bytes <= 100_000
+    assert file._hashed == file.size
+    assert file.digest() == hashlib.sha256(content).hexdigest()
+    assert _counted("read_bytes") - before <= file.size + (256 << 10)
+    file.close()
+
+
+def test_file_cut_short_while_it_waits_for_its_digest_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "_NEAR", 0)
+    monkeypatch.setattr(safetensors, "_SMALL", 0)
+    folder = pico.write_model(tmp_path / "m")
+    file = TensorFile(folder / "model.safetensors")
+    for spec in file.tensors[1:]:
+        file.read(spec, 0, spec.rows)
+    first = file.tensors[0]
+    os.truncate(folder / "model.safetensors", first.offset + first.nbytes + 10)
+    file.read(first, 0, first.rows)
+    with pytest.raises(CheckpointError, match="cut short|changed while"):
+        file.digest()
+    file.close()
+
+
 def _bytes_read() -> int:
+    return _counted("rchar")
+
+
+def _counted(name: str) -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 @pytest.mark.parametrize("bypass", [False, True])

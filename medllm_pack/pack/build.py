@@ -1,11 +1,12 @@
 """The build: one pass over the weights, every variant written on the way.
 
-Blocks of rows are read in nearly the order of the outputs (order.py); every byte is read once, and
-hashed when its turn comes. Each block gets the adapter, is rounded once to F16, and the same block
-goes to every variant at its planned offset. Reading is one thread's work; arithmetic and writing
-are the pool's.
+Blocks of rows are read in the order of the outputs where memory allows (order.py); every byte is
+read once from the disk, and hashed when its turn comes. Each block gets the adapter, is rounded
+once to F16, and the same block goes to every variant at its planned offset. One thread reads, as
+many as were asked for compute, and some write, so that nobody who computes waits for the disk.
 
-Memory: a few blocks, and what waits for its digest, whatever the size of the model.
+Memory: a few blocks, and what waits for its digest, whatever the size of the model; where there is
+plenty, the page cache beside it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from threading import Semaphore
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medllm_pack import ahead, files, processors
+from medllm_pack import ahead, files, memory, processors
 from medllm_pack.errors import CheckpointError, GGUFError, WriteError, shown
 from medllm_pack.gguf import llama
 from medllm_pack.gguf.layout import Slot
@@ -33,6 +33,7 @@ from medllm_pack.pack.order import reading_order
 from medllm_pack.pack.output import KEPT_BYTES, Output
 from medllm_pack.pack.plan import Plan
 from medllm_pack.pack.variants import PlannedFile
+from medllm_pack.pack.writers import Writers
 from medllm_pack.progress import SILENT, Reporter
 from medllm_pack.quant import ggml, kernels
 from medllm_pack.quant.device import DeviceName
@@ -43,6 +44,8 @@ from medllm_pack.weights.safetensors import WAITING_BYTES, Rows
 
 _NORMS = 16 << 20  # more than the norms of any model take while they wait
 BLOCK_WEIGHTS = 2 << 20  # weights in a block: 4 MiB in F16, 8 MiB in F32, 16 MiB while merging
+
+_WRITERS = 3  # threads, which wait for the disk most of the time
 
 Source = Checkpoint | Merged
 Digests = Mapping[str, tuple[int, str]]  # file name -> size, SHA-256
@@ -175,10 +178,9 @@ class _Converter:
         source: Source,
         outputs: Mapping[str, Output],
         quantize: Quantizer,
-        *,
-        threads: int,
+        writers: Writers,
     ) -> None:
-        self.computing = Semaphore(threads)
+        self.writers = writers
         self.source = source
         self.quantize = quantize
         self.head_dim = plan.config.head_dim
@@ -208,16 +210,13 @@ class _Converter:
             target.put(0, exact)
 
     def _put_matrix(self, rows: Rows, tensor: llama.Tensor) -> None:
-        with self.computing:
-            halves = to_half(self.source.values(rows), rows)
-            if tensor.heads is not None:
-                halves = llama.interleave(halves, self.head_dim)
+        halves = to_half(self.source.values(rows), rows)
+        if tensor.heads is not None:
+            halves = llama.interleave(halves, self.head_dim)
         importance = self.importance.get(tensor.name)
         encoded = _Encoded(tensor.name, halves, importance, self.quantize)
         for target in self.targets[rows.spec.name]:
-            with self.computing:
-                data = encoded[target.slot.type]
-            target.put(rows.start, data)
+            self.writers.submit(target.put, rows.start, encoded[target.slot.type])
 
 
 def memory_bytes(files: int, *, threads: int) -> int:
@@ -227,11 +226,18 @@ def memory_bytes(files: int, *, threads: int) -> int:
         files: GGUF files written at once.
         threads: as for :func:`build`.
     """
-    # The interpreter with numpy and numba; for every worker a block as it is read, merged, rounded,
-    # widened and quantized; what waits for the digest of an input; for every file what waits for
-    # its digest, and two buffers.
-    block = BLOCK_WEIGHTS * (22 + 2 * files)
-    return (170 << 20) + WAITING_BYTES + (threads + 2) * block + files * (KEPT_BYTES + (8 << 20))
+    # The interpreter with numpy and numba; for every worker a block as it is merged, rounded and
+    # widened, and as much again while one changes to the next; blocks read ahead; what waits for
+    # the digest of an input; for every file what waits to be written and for its digest, and two
+    # buffers; a window a writer.
+    working = (threads + 1) * BLOCK_WEIGHTS * 22 + (threads + 2) * BLOCK_WEIGHTS * 2
+    a_file = _room(1, threads) * BLOCK_WEIGHTS * 3 // 2 + KEPT_BYTES + (8 << 20)
+    return (170 << 20) + WAITING_BYTES + working + files * a_file + _WRITERS * (4 << 20)
+
+
+def _room(files: int, threads: int) -> int:
+    """Return how many pieces may wait to be written: of every worker's block, and of one more."""
+    return files * (threads + 1)
 
 
 def _quantizer(plan: Plan, device: DeviceName, report: Reporter) -> Quantizer:
@@ -266,20 +272,23 @@ def _stream(
             file.file: stack.enter_context(closing(Output(folder / file.file, file.layout)))
             for file in plan.files
         }
-        if plan.bytes_to_read > files.memory_available() // 2:
+        cache = memory.available() // 2
+        if plan.bytes_to_read > cache:
             source.bypass_page_cache()  # what is smaller may be in the page cache already
         names = {tensor.source: tensor.name for tensor in llama.tensors(plan.config)}
-        layout = plan.files[0].layout
+        layouts = [file.layout for file in plan.files]
         specs = list(
-            reading_order(source.tensors.values(), names, layout, room=WAITING_BYTES - _NORMS)
+            reading_order(
+                source.tensors.values(), names, layouts, room=WAITING_BYTES - _NORMS, cache=cache
+            )
         )
         report.step("building", total_bytes=sum(spec.nbytes for spec in specs))
         blocks = _blocks(source, specs, head_dim=plan.config.head_dim)
-        convert = _Converter(plan, source, outputs, quantize, threads=threads)
-        # Two workers more than compute: one or two of them wait for the disk most of the time.
-        for read in ahead.each(convert, blocks, workers=threads + 2, name="block"):
-            report.advance(read)
-        report.step("finishing")
+        with Writers(threads=_WRITERS, room=_room(len(outputs), threads)) as writers:
+            convert = _Converter(plan, source, outputs, quantize, writers)
+            for read in ahead.each(convert, blocks, workers=threads, name="block"):
+                report.advance(read)
+            report.step("finishing")
         inputs = source.digests()
         written = {name: (out.layout.size, out.finish()) for name, out in outputs.items()}
     return inputs, written

@@ -2,10 +2,13 @@
 
 Inputs lie in the order of names, in files; outputs in the order of layers, the head first. An
 output's digest follows only what is complete from its start, and what it cannot follow must be read
-back from the disk. So files take turns, each read from its start to its end, and inside a layer
-what the outputs have first is read first: then it waits in memory for the digest of its own file.
+back from the disk. So files take turns, and each is read in the order of the outputs; what is read
+before its turn waits for the digest of its own file. That is where layer 2 comes after layer 19, in
+the order of names: a quarter of a 7B waits, in the page cache. Where memory is too short for it, or
+less than that would be read back, a file is read from its start to its end, and only inside a layer
+what the outputs have first is read first.
 
-Knows nothing of bytes. Memory: what waits, at most ``room`` bytes.
+Knows nothing of bytes.
 """
 
 from __future__ import annotations
@@ -19,36 +22,57 @@ from medllm_pack.weights.header import TensorSpec
 
 
 def reading_order(
-    specs: Iterable[TensorSpec], names: Mapping[str, str], layout: Layout, *, room: int
+    specs: Iterable[TensorSpec],
+    names: Mapping[str, str],
+    layouts: Sequence[Layout],
+    *,
+    room: int,
+    cache: int,
 ) -> Iterator[TensorSpec]:
     """Yield every tensor once.
 
     Args:
         specs: by file, and in a file by offset.
         names: of a tensor of the checkpoint in GGUF; others are left out there.
-        layout: of an output; all have their tensors in the same order.
-        room: bytes that may wait for the digest of their file.
+        layouts: of the outputs; all have their tensors in the same order.
+        room: bytes that may wait in memory for the digest of their file.
+        cache: bytes that may wait in the page cache.
     """
-    at = {slot.name: i for i, slot in enumerate(layout.slots)}
+    at = {slot.name: i for i, slot in enumerate(layouts[0].slots)}
     places = {source: at[name] for source, name in names.items()}
-    files = [
-        deque(_inside(list(group), names, places, room))
-        for _, group in groupby(specs, key=lambda spec: spec.file)
-    ]
-    while files := [file for file in files if file]:
+    written = {
+        source: sum(layout.slots[place].nbytes for layout in layouts)
+        for source, place in places.items()
+    }
+    files = []
+    for _, group in groupby(specs, key=lambda spec: spec.file):
+        inside = list(group)
         # What no output holds is nobody's turn: it comes at once.
+        wanted = sorted(inside, key=lambda spec: places.get(spec.name, -1))
+        near = list(_by_layer(inside, names, places, room))
+        most, _ = _waiting(inside, wanted, {spec.name: spec.nbytes for spec in inside})
+        _, read_back = _waiting(wanted, near, written)
+        if most <= room:
+            files.append(deque(wanted))
+        elif most <= cache and most < read_back:
+            files.append(deque(wanted))
+            cache -= most  # files may wait at the same time
+        else:
+            files.append(deque(near))
+    while files := [file for file in files if file]:
         first = min(files, key=lambda file: places.get(file[0].name, -1))
         yield first.popleft()
 
 
-def _inside(
+def _by_layer(
     specs: Sequence[TensorSpec], names: Mapping[str, str], places: Mapping[str, int], room: int
 ) -> Iterator[TensorSpec]:
     """Yield the tensors of a file; those of a layer in the outputs' order, if there is room."""
     for layer, group in groupby(specs, key=lambda spec: _layer(names.get(spec.name, ""))):
         inside = list(group)
+        sizes = {spec.name: spec.nbytes for spec in inside}
         wanted = sorted(inside, key=lambda spec: places.get(spec.name, -1))
-        yield from wanted if layer and _most_waiting(inside, wanted) <= room else inside
+        yield from wanted if layer and _waiting(inside, wanted, sizes)[0] <= room else inside
 
 
 def _layer(name: str) -> str:
@@ -56,14 +80,18 @@ def _layer(name: str) -> str:
     return name.rsplit(".", 2)[0] if name.startswith("blk.") else ""
 
 
-def _most_waiting(inside: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> int:
-    """Return how many bytes wait at most if a file is read in another order than its own."""
-    turn, read, waiting, most = 0, set[str](), 0, 0
-    for spec in wanted:
-        read.add(spec.name)
-        waiting += spec.nbytes
-        while turn < len(inside) and inside[turn].name in read:
-            waiting -= inside[turn].nbytes
+def _waiting(
+    turns: Sequence[TensorSpec], order: Sequence[TensorSpec], sizes: Mapping[str, int]
+) -> tuple[int, int]:
+    """Return how many bytes wait for their turn if they come in an order: at most, and in all."""
+    turn, come, waiting, most, total = 0, set[str](), 0, 0, 0
+    for spec in order:
+        come.add(spec.name)
+        size = sizes.get(spec.name, 0)
+        total += size if spec.name != turns[turn].name else 0
+        waiting += size
+        while turn < len(turns) and turns[turn].name in come:
+            waiting -= sizes.get(turns[turn].name, 0)
             turn += 1
         most = max(most, waiting)
-    return most
+    return most, total
