@@ -725,6 +725,21 @@ def test_who_writes_faster_than_the_digest_waits_for_it(
     assert digest == hashlib.sha256((tmp_path / "x.gguf").read_bytes()).hexdigest()
 
 
+def test_header_larger_than_what_is_kept_waits_for_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medllm_pack.pack.output.KEPT_BYTES", 4096)
+    names = [f"blk.{i}.attn_q.weight" for i in range(200)]
+    layout = lay_out([], [(name, (2, 32), "Q8_0") for name in names], file_type=7)
+    assert len(layout.header) > 2 * 4096
+    opening = threading.Thread(
+        target=lambda: Output(tmp_path / "x.gguf", layout).close(), daemon=True
+    )
+    opening.start()
+    opening.join(10)
+    assert not opening.is_alive()
+
+
 def test_block_is_written_at_once_with_the_pages_that_it_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

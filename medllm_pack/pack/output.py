@@ -72,11 +72,11 @@ class Output:
             os.ftruncate(self._fd, layout.size)
             if direct:
                 switch_on(self._fd)
+            self._follower.start()  # a large header waits for it
             for slot, following in zip(layout.slots, (*layout.slots[1:], None), strict=True):
                 end = following.offset if following else layout.size
                 self.write(slot.offset + slot.nbytes, bytes(end - slot.offset - slot.nbytes))
             self.write(0, layout.header)
-            self._follower.start()
         except BaseException:
             self.close()
             raise
