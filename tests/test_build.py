@@ -725,6 +725,37 @@ def test_who_writes_faster_than_the_digest_waits_for_it(
     assert digest == hashlib.sha256((tmp_path / "x.gguf").read_bytes()).hexdigest()
 
 
+def test_closed_file_is_not_written_to_by_who_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor's number would be the next file's."""
+    layout = lay_out([], [("a.weight", (64, 64), "F16")], file_type=1)
+    [slot] = layout.slots
+    output = Output(tmp_path / "x.gguf", layout)
+    begun, gate, pwrite = threading.Event(), threading.Event(), os.pwrite
+
+    def held(fd: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        gate.wait(30)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", held)
+    writing = threading.Thread(target=output.write, args=(slot.offset, bytes(slot.nbytes)))
+    writing.start()
+    assert begun.wait(30)
+    closing = threading.Thread(target=output.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    gate.set()
+    closing.join(30)
+    writing.join(30)
+    with (tmp_path / "next").open("xb") as following:
+        with pytest.raises(OSError, match="closed"):
+            output.write(slot.offset, bytes(slot.nbytes))
+        assert os.fstat(following.fileno()).st_size == 0
+
+
 def test_header_larger_than_what_is_kept_waits_for_its_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

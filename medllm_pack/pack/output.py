@@ -18,6 +18,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -59,6 +60,7 @@ class Output:
         self._window = _Window()
         self._changed = threading.Condition()
         self._stopped = False
+        self._lent = 0  # times that a thread uses the descriptor
         self._error: Exception | None = None
         self._digest = DigestBehind()
         # A daemon: an interrupt while it starts must not leave a process that waits for it.
@@ -85,7 +87,7 @@ class Output:
         """Write bytes at their place; every byte of the file is written once.
 
         Raises:
-            OSError: if the disk says no, or said so to who reads back.
+            OSError: if the disk says no, or said so to who reads back, or the file is closed.
         """
         if self._error is not None:
             raise self._error
@@ -120,10 +122,12 @@ class Output:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Stop the digest and close the file, finished or not."""
+        """Stop the digest and close the file, finished or not; nothing is written any more."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+            while self._lent:
+                self._changed.wait()
         if self._follower.is_alive():
             self._follower.join()
         self._digest.close()
@@ -160,10 +164,29 @@ class Output:
     def _write_out(self, offset: int, pages: NDArray[np.uint8]) -> int:
         """Write from an offset of the file on; return where that ends."""
         view = pages.data
-        while view:
-            n = os.pwrite(self._fd, view, offset)
-            view, offset = view[n:], offset + n
+        with self._descriptor() as fd:
+            while view:
+                n = os.pwrite(fd, view, offset)
+                view, offset = view[n:], offset + n
         return offset
+
+    @contextmanager
+    def _descriptor(self) -> Iterator[int]:
+        """Lend the descriptor; its number may be another file's once this one is closed.
+
+        An interrupted build closes the file while threads still have something to write.
+        """
+        with self._changed:
+            if self._stopped:
+                raise OSError(errno.EBADF, "the file is closed")
+            self._lent += 1
+        try:
+            yield self._fd
+        finally:
+            with self._changed:
+                self._lent -= 1
+                if self._stopped:
+                    self._changed.notify_all()
 
     def _follow(self) -> None:
         try:
@@ -192,7 +215,8 @@ class Output:
         position = piece.start
         while position < piece.end:
             window = next(windows)
-            n = os.preadv(self._fd, [window[: piece.end - position]], position)
+            with self._descriptor() as fd:
+                n = os.preadv(fd, [window[: piece.end - position]], position)
             if n == 0:
                 raise OSError(errno.EIO, "a part that was written is not there")
             self._digest.update(window[: min(n, self.layout.size - position)])
