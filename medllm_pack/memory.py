@@ -32,7 +32,8 @@ def _of_machine(meminfo: Path) -> int:
     except OSError:
         return _PLENTY
     values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemAvailable"].split()[0]) * 1024
+    said = values.get("MemAvailable")  # since Linux 3.14
+    return int(said.split()[0]) * 1024 if said else _PLENTY
 
 
 def _left(groups: Iterable[Group]) -> Iterator[int]:

@@ -70,3 +70,5 @@ def test_a_limit_counts_less_what_is_used_for_good(
 
 def test_without_word_of_the_system_nothing_is_too_much(tmp_path: Path) -> None:
     assert available([], tmp_path / "none") > 1 << 60
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 8000 kB\n")
+    assert available([], tmp_path / "meminfo") > 1 << 60
