@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks.make_checkpoint import Shape, make
 from medllm_pack import direct
@@ -754,6 +756,29 @@ def test_closed_file_is_not_written_to_by_who_comes_late(
         with pytest.raises(OSError, match="closed"):
             output.write(slot.offset, bytes(slot.nbytes))
         assert os.fstat(following.fileno()).st_size == 0
+
+
+def test_thread_writes_all_files_through_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(size: int) -> NDArray[np.uint8]:
+        asked.append(size)
+        return direct.aligned(size)
+
+    def write(n: int) -> None:
+        output = Output(tmp_path / f"{n}.gguf", layout)
+        output.write(layout.slots[0].offset, bytes(layout.slots[0].nbytes))
+        output.finish()
+        output.close()
+
+    monkeypatch.setattr("medllm_pack.pack.output.aligned", counted)
+    monkeypatch.setattr("medllm_pack.pack.output._CHUNK", 4096)
+    layout = lay_out([], [("a.weight", (64, 64), "F16")], file_type=1)
+    with ThreadPoolExecutor(1) as pool:
+        list(pool.map(write, range(3)))
+    assert len([size for size in asked if size > 4096]) == 1
 
 
 def test_header_larger_than_what_is_kept_waits_for_its_digest(

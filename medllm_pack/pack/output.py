@@ -57,7 +57,6 @@ class Output:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._pieces = _Pieces()
         self._shared = _SharedPages(layout.size)
-        self._window = _Window()
         self._changed = threading.Condition()
         self._stopped = False
         self._lent = 0  # times that a thread uses the descriptor
@@ -143,7 +142,7 @@ class Output:
 
     def _put_pages(self, start: int, parts: list[NDArray[np.uint8]]) -> None:
         """Write whole pages that follow each other, through memory that begins at a page."""
-        window, filled, offset = self._window.memory, 0, start
+        window, filled, offset = _window.memory, 0, start
         for part in parts:
             for position in range(0, part.size, _STRIP):
                 strip = part[position : position + _STRIP]
@@ -228,6 +227,9 @@ class _Window(threading.local):
 
     def __init__(self) -> None:
         self.memory = aligned(_WINDOW)
+
+
+_window = _Window()  # of all files: a thread writes one at a time
 
 
 class _SharedPages:
