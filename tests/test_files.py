@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,25 @@ def test_interrupting_again_does_not_end_the_cleaning(
     with pytest.raises(FileExistsError), files.new_folder(tmp_path / "p", replace=False) as partial:
         (partial / ".lock").mkdir()
     assert not list(tmp_path.iterdir())
+
+
+def test_closing_does_not_wait_until_all_is_digested() -> None:
+    """Gigabytes may be left when a build is interrupted."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def pieces() -> Iterator[memoryview]:
+        while not ended.is_set():
+            begun.set()
+            yield memoryview(b"x")
+
+    digest = files.DigestBehind(behind=3)
+    digest.update_from(pieces())
+    digest.update_from(pieces())
+    assert begun.wait(30)
+    closing = threading.Thread(target=digest.close)
+    closing.start()
+    closing.join(10)
+    in_time = not closing.is_alive()
+    ended.set()
+    closing.join()
+    assert in_time
