@@ -314,7 +314,8 @@ def test_a_refusal_before_the_body_ends_the_sending(tmp_path: Path, status: str)
         elif request.method == "POST":
             request.send("202 Accepted", Location="/v2/ns/model/blobs/uploads/1")
         else:
-            request.send(status)
+            # Or a small upload's connection would be used again, and nobody answers on it.
+            request.send(status, Connection="close")
             while data := request.connection.recv(1 << 16):
                 came += len(data)
                 time.sleep(0.01)
