@@ -41,13 +41,13 @@ class Identity:
     changed_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Identity:
-        """Return the identity of a file now.
+    def of(cls, file: Path | int) -> Identity:
+        """Return the identity of a file, by its path or descriptor, now.
 
         Raises:
             OSError: if there is none.
         """
-        s = path.stat()
+        s = os.stat(file)
         return cls(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
     @classmethod

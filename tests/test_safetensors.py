@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from medllm_pack.errors import CheckpointError, SourceError
+from medllm_pack.known import Identity
 from medllm_pack.weights import safetensors
 from medllm_pack.weights.checkpoint import Checkpoint
 from medllm_pack.weights.safetensors import TensorFile
@@ -177,13 +178,15 @@ def test_file_cut_short_while_read_is_an_error(tmp_path: Path, bypass: bool) -> 
         file.read(file.tensors[-1], 0, file.tensors[-1].rows)
 
 
-def test_file_changed_while_read_is_an_error(tmp_path: Path) -> None:
-    folder = pico.write_model(tmp_path / "m")
-    file = TensorFile(folder / "model.safetensors")
-    with (folder / "model.safetensors").open("r+b") as changed:
+@pytest.mark.parametrize("set_back", [False, True])
+def test_file_changed_while_read_is_an_error(tmp_path: Path, set_back: bool) -> None:
+    path = pico.write_model(tmp_path / "m") / "model.safetensors"
+    modified = Identity.settled(path).modified_ns
+    file = TensorFile(path)
+    with path.open("r+b") as changed:
         changed.seek(-10, os.SEEK_END)
         changed.write(b"0123456789")
-    os.utime(folder / "model.safetensors", ns=(1, 1))
+    os.utime(path, ns=(1, modified if set_back else 1))
     with pytest.raises(CheckpointError, match="changed while"):
         file.digest()
 

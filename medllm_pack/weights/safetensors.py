@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from medllm_pack.direct import PAGE, aligned, switch_on
 from medllm_pack.errors import CheckpointError, shown
 from medllm_pack.files import DigestBehind
+from medllm_pack.known import Identity
 from medllm_pack.weights.header import (
     ITEM_MAX,
     PREFIX_BYTES,
@@ -80,7 +81,7 @@ class TensorFile:
         self._hash = DigestBehind(behind=_BEHIND)
         self._fd = self._cached = _open_regular(path, self.name)
         try:
-            self._status = os.fstat(self._fd)
+            self._identity = Identity.of(self._fd)
             self._hashed = 0
             self._waiting: dict[int, NDArray[np.uint8]] = {}
             self._waiting_bytes = 0
@@ -93,7 +94,7 @@ class TensorFile:
     @property
     def size(self) -> int:
         """Bytes of the file when it was opened."""
-        return self._status.st_size
+        return self._identity.size
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> Rows:
         """Read rows ``start`` to ``stop`` of a tensor of this file."""
@@ -111,8 +112,7 @@ class TensorFile:
             later = (offset for offset in known if offset > self._hashed)
             end = min(self._hashed + _READ_CHUNK, self.size, *later)
             self._pread(self._hashed, end - self._hashed)
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
+        if Identity.of(self._fd) != self._identity:  # what waited in the page cache is read twice
             raise CheckpointError(f"{shown(self.name)} changed while it was read; build again")
         return self._hash.hexdigest()
 
