@@ -1,4 +1,4 @@
-"""The order of reading: near that of the outputs, each file from its start, little that waits."""
+"""The order of reading: that of the outputs, as far as what waits then has room."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_tensor_comes_once_and_little_waits(name: str, most: int) -> None:
     assert waiting(order) <= ROOM
 
 
-def test_a_7b_as_it_is_published_is_read_as_its_outputs_lie() -> None:
+def test_without_page_cache_a_7b_is_read_as_its_outputs_lie_but_for_layers_out_of_turn() -> None:
     shape = SHAPES["7b"]
     names, layouts = names_of(shape), outputs_of(shape)
     order = list(reading_order(specs_of(shape, 10**10), names, layouts, room=ROOM, cache=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -29,7 +30,10 @@ def test_who_hands_over_waits_when_there_is_no_room() -> None:
 
     thread = threading.Thread(target=hand_over)
     thread.start()
-    thread.join(0.2)
+    deadline = time.monotonic() + 30
+    while len(handed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    thread.join(0.1)  # time enough for a fourth
     assert len(handed) == 3
     gate.set()
     thread.join(5)

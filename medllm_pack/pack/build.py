@@ -170,7 +170,7 @@ def _bytes(values: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint
 
 
 class _Converter:
-    """What is done to a block of rows between reading and writing. Used by many threads."""
+    """What is done to a block of rows between reading and writing. Used by those who compute."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class _Converter:
         }
 
     def __call__(self, rows: Rows) -> int:
-        """Convert and write a block; return the bytes that were read for it."""
+        """Convert a block and hand it to who writes; return the bytes that were read for it."""
         tensor = self.tensors.get(rows.spec.name)
         if tensor is not None:
             if len(tensor.shape) == 1:

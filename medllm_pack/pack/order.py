@@ -3,12 +3,12 @@
 Inputs lie in the order of names, in files; outputs in the order of layers, the head first. An
 output's digest follows only what is complete from its start, and what it cannot follow must be read
 back from the disk. So files take turns, and each is read in the order of the outputs; what is read
-before its turn waits for the digest of its own file. That is where layer 2 comes after layer 19, in
-the order of names: a quarter of a 7B waits, in the page cache. Where memory is too short for it, or
-less than that would be read back, a file is read from its start to its end, and only inside a layer
-what the outputs have first is read first.
+before its turn waits for the digest of its own file. In the order of names layer 2 comes after
+layer 19, so that a quarter of a 7B waits, in the page cache. Where memory is too short for that, or
+less would be read back than would wait, a file is read from its start to its end, and only inside a
+layer what the outputs have first is read first.
 
-Knows nothing of bytes.
+Reads nothing; knows names, places and sizes.
 """
 
 from __future__ import annotations
@@ -47,32 +47,36 @@ def reading_order(
     files = []
     for _, group in groupby(specs, key=lambda spec: spec.file):
         inside = list(group)
+        stored = {spec.name: spec.nbytes for spec in inside}
         # What no output holds is nobody's turn: it comes at once.
         wanted = sorted(inside, key=lambda spec: places.get(spec.name, -1))
-        near = list(_by_layer(inside, names, places, room))
-        most, _ = _waiting(inside, wanted, {spec.name: spec.nbytes for spec in inside})
-        _, read_back = _waiting(wanted, near, written)
+        by_layer = list(_by_layer(inside, names, places, stored, room))
+        most, _ = _waiting(inside, wanted, stored)
+        _, read_back = _waiting(wanted, by_layer, written)
         if most <= room:
             files.append(deque(wanted))
         elif most <= cache and most < read_back:
             files.append(deque(wanted))
             cache -= most  # files may wait at the same time
         else:
-            files.append(deque(near))
+            files.append(deque(by_layer))
     while files := [file for file in files if file]:
         first = min(files, key=lambda file: places.get(file[0].name, -1))
         yield first.popleft()
 
 
 def _by_layer(
-    specs: Sequence[TensorSpec], names: Mapping[str, str], places: Mapping[str, int], room: int
+    specs: Sequence[TensorSpec],
+    names: Mapping[str, str],
+    places: Mapping[str, int],
+    stored: Mapping[str, int],
+    room: int,
 ) -> Iterator[TensorSpec]:
     """Yield the tensors of a file; those of a layer in the outputs' order, if there is room."""
     for layer, group in groupby(specs, key=lambda spec: _layer(names.get(spec.name, ""))):
         inside = list(group)
-        sizes = {spec.name: spec.nbytes for spec in inside}
         wanted = sorted(inside, key=lambda spec: places.get(spec.name, -1))
-        yield from wanted if layer and _waiting(inside, wanted, sizes)[0] <= room else inside
+        yield from wanted if layer and _waiting(inside, wanted, stored)[0] <= room else inside
 
 
 def _layer(name: str) -> str:
@@ -83,7 +87,13 @@ def _layer(name: str) -> str:
 def _waiting(
     turns: Sequence[TensorSpec], order: Sequence[TensorSpec], sizes: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Return how many bytes wait for their turn if they come in an order: at most, and in all."""
+    """Return how many bytes wait for their turn if they come in an order: at most, and in all.
+
+    Args:
+        turns: whose turn is when.
+        order: the same tensors as they come.
+        sizes: bytes by name; what is not there has none.
+    """
     turn, come, waiting, most, total = 0, set[str](), 0, 0, 0
     for spec in order:
         come.add(spec.name)
